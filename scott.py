@@ -71,15 +71,21 @@ class Config:
             require(isinstance(getattr(self, name), (int, float)), name, "a number")
         for name in ("dropout", "attention_dropout", "drop_path"):
             require(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
-        require(self.image_size >= 2 * PATCH and self.image_size % PATCH == 0, "image_size",
-                f"a multiple of {PATCH}, {2 * PATCH} or more")
+        require(
+            self.image_size >= 2 * PATCH and self.image_size % PATCH == 0,
+            "image_size",
+            f"a multiple of {PATCH}, {2 * PATCH} or more",
+        )
         require(self.dim % self.heads == 0, "dim", f"divisible by heads ({self.heads})")
         require(self.dim % 4 == 0, "dim", "divisible by 4 (sine and cosine of row and of column)")
         require(self.tokenizer in ("scott", "patch"), "tokenizer", "'scott' or 'patch'")
         require(self.masking in ("block", "random"), "masking", "'block' or 'random'")
         require(0 < self.mask_ratio < 1, "mask_ratio", "more than 0 and less than 1")
-        require(visible_tokens(self.tokens, self.mask_ratio) < self.tokens, "mask_ratio",
-                f"at least 1/{self.tokens}, to hide at least one of an image's {self.tokens} tokens")
+        require(
+            visible_tokens(self.tokens, self.mask_ratio) < self.tokens,
+            "mask_ratio",
+            f"at least 1/{self.tokens}, to hide at least one of an image's {self.tokens} tokens",
+        )
 
     @property
     def grid(self):
@@ -246,12 +252,15 @@ def check_images(images, visible):
     """Return the grid side g of a batch of images; ValueError if the shapes can't be right."""
     B, C, H, W = images.shape if images.dim() == 4 else (0, 0, 0, 0)
     if C != 3 or H != W or H % PATCH or H < 2 * PATCH:
-        raise ValueError(f"images are {tuple(images.shape)}, they must be [B, 3, H, H] with H a multiple of "
-                         f"{PATCH}, {2 * PATCH} or more")
+        raise ValueError(
+            f"images are {tuple(images.shape)}, they must be [B, 3, H, H] with H a multiple of "
+            f"{PATCH}, {2 * PATCH} or more"
+        )
     grid = H // PATCH
     if visible is not None and (visible.shape != (B, grid**2) or visible.dtype != torch.bool):
-        raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}, it must be torch.bool "
-                         f"{(B, grid**2)}")
+        raise ValueError(
+            f"visible is {visible.dtype} {tuple(visible.shape)}, it must be torch.bool {(B, grid**2)}"
+        )
     return grid
 
 
@@ -435,8 +444,10 @@ class Predictor(nn.Module):
 
     def forward(self, tokens):
         if tokens.dim() != 3 or tokens.shape[1:] != self.positions.shape:
-            raise ValueError(f"tokens are {tuple(tokens.shape)}, they must be [B, N, D] with N, D = "
-                             f"{tuple(self.positions.shape)}")
+            raise ValueError(
+                f"tokens are {tuple(tokens.shape)}, they must be [B, N, D] with N, D = "
+                f"{tuple(self.positions.shape)}"
+            )
         x = self.dropout(tokens + self.positions)
         for block in self.blocks:
             x = block(x)
@@ -457,8 +468,10 @@ def jepa_loss(prediction, target, visible):
     prediction, target [B, N, D]; visible bool [B, N], with at least one hidden token an image.
     """
     if prediction.shape != target.shape or visible.shape != prediction.shape[:2]:
-        raise ValueError(f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)} and visible "
-                         f"{tuple(visible.shape)} must be [B, N, D], [B, N, D] and [B, N]")
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)} and visible "
+            f"{tuple(visible.shape)} must be [B, N, D], [B, N, D] and [B, N]"
+        )
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(dim=2)  # [B, N]
     return (error.masked_fill(visible, 0).sum(dim=1) / (~visible).sum(dim=1)).mean()
 
@@ -512,6 +525,9 @@ class MIMJEPA(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 
+FORMAT = "scott-mim-jepa 1"  # what a checkpoint of this code says it is
+
+
 def load_checkpoint(path):
     """Read what train.py saved: a dict of tensors and plain types. ValueError if it is anything else.
 
@@ -524,7 +540,7 @@ def load_checkpoint(path):
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise ValueError(f"{path} is damaged, or not a checkpoint of train.py") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "scott-mim-jepa 1":
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py")
     return checkpoint
 

@@ -1,0 +1,879 @@
+"""Pretrain a SCOTT encoder by MIM-JEPA, on one device.
+
+    python train.py                       little drawn animals: nothing to download, minutes on a CPU
+    python train.py --dataset pets        the paper's recipe on Oxford-IIIT Pet (downloaded on first use)
+    python train.py --dataset folder --data-dir my/pictures
+
+The file in the order of a run: recipes, pictures, the cache that decodes them once, views (crops and colours,
+in batches on the device), schedules, checkpoints, and the training loop, which is where to start reading.
+
+One idea carries reproducibility. Everything random about the input of step t (which pictures, crops, colours,
+masks) is drawn from a generator seeded with (seed, t). A batch is thus a pure function of its step: it can be
+prepared ahead in a thread, and a resumed run sees exactly what it would have seen.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import random
+import sys
+import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torchvision.datasets import Flowers102, ImageFolder, OxfordIIITPet
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from scott import FORMAT, MIMJEPA, Config, load_checkpoint, sample_masks
+
+# ------------------------------------------------------------------------------------------------------------
+# Recipes: every entry is also a flag (--batch-size overrides batch_size)
+# ------------------------------------------------------------------------------------------------------------
+
+PAPER = dict(
+    epochs=300, batch_size=64, lr=5e-4, momentum=0.996, seed=47, pretrain_split="all", pictures=0,
+    probe_epochs=100,
+    image_size=224, dim=384, depth=12, heads=4, predictor_depth=3, tokenizer="scott",
+    dropout=0.2, attention_dropout=0.1, drop_path=0.1, mask_ratio=0.6, masking="block",
+)  # fmt: skip
+RECIPES = {
+    "critters": PAPER | dict(
+        pictures=4000, epochs=24, lr=1e-3, momentum=0.99, probe_epochs=10, image_size=64, dim=128, depth=4,
+        dropout=0.0, attention_dropout=0.0, drop_path=0.0,
+    ),
+    "pets": PAPER,
+    "flowers": PAPER,
+    "imagenet100": PAPER,
+    "folder": PAPER,
+}  # fmt: skip
+HELP = dict(
+    epochs="times each picture is seen",
+    batch_size="pictures in a step",
+    lr="peak learning rate",
+    momentum="of the target's moving average, at the start; it rises to 1",
+    seed="of everything random",
+    pretrain_split="'all': pretrain on the test pictures too (no labels), as in the paper; or 'train'",
+    pictures="how many pictures to pretrain on, chosen at random; 0: all (critters: how many to draw)",
+    probe_epochs="epochs that eval.py trains its attentive probes for",
+    image_size="side H of the model's input, pixels",
+    dim="width D of a token",
+    depth="blocks of the encoder",
+    heads="attention heads",
+    predictor_depth="blocks of the predictor",
+    tokenizer="'scott' (masked convolutions) or 'patch' (plain ViT)",
+    dropout="on the tokens and on the output of attention",
+    attention_dropout="on the attention weights",
+    drop_path="chance to skip the branches of the last block, rising from 0 at the first",
+    mask_ratio="share of the tokens hidden from the context encoder",
+    masking="'block' (visible rectangles) or 'random' (visible tokens)",
+)
+
+
+def stop(message):
+    """End the program over something its user can put right: one line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def generator_for(*key):
+    """A torch.Generator for a key of whole numbers such as (seed, step): the same key, the same draws."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Critters: a data set drawn by the computer
+# ------------------------------------------------------------------------------------------------------------
+
+# A species is a form. Colours, place, size and pose come from the picture's seed, whatever the species, so no
+# colour tells species apart. Nor does one part: each kind of ears, pattern or tail belongs to two species.
+# But no two species share two of these three. Who has two parts in sight can foretell the third by knowing
+# the species, and not otherwise: that is what predicting hidden places should teach.
+
+CANVAS = 256  # critters are drawn this large, facing right, then shrunk, which smooths their edges
+
+Species = namedtuple("Species", "name body head ears eyes pattern tail legs leg_length")
+SPECIES = (  # lengths in canvas pixels; body: half its width and height; head: its radius
+    Species("tigrot",  (60, 36), 33, "pointed", 2, "stripes", "long",  4, 44),
+    Species("foxel",   (48, 44), 30, "pointed", 3, "belly",   "brush", 2, 58),
+    Species("bumbear", (66, 52), 42, "round",   3, "plain",   "none",  4, 24),
+    Species("mousen",  (58, 32), 28, "round",   1, "dots",    "long",  6, 24),
+    Species("puffit",  (40, 54), 30, "long",    2, "plain",   "puff",  2, 32),
+    Species("zebbit",  (66, 30), 26, "long",    1, "bands",   "brush", 4, 56),
+    Species("moodle",  (66, 42), 32, "horns",   3, "dots",    "puff",  6, 36),
+    Species("cyclox",  (50, 46), 38, "horns",   1, "stripes", "curl",  2, 50),
+    Species("dashel",  (80, 32), 32, "floppy",  2, "belly",   "none",  6, 20),
+    Species("wuffle",  (54, 50), 27, "floppy",  3, "bands",   "curl",  6, 52),
+)  # fmt: skip
+
+# Parts are strings of beads (x, y, radius), y pointing down; draw_beads fills the gaps between the beads.
+EARS = {  # the right ear, in radii of the head
+    "pointed": [(0.5, -0.6, 0.4), (0.9, -1.5, 0.05)],
+    "round": [(0.75, -0.8, 0.5)],
+    "long": [(0.4, -0.8, 0.2), (0.5, -1.9, 0.3)],
+    "horns": [(0.6, -0.7, 0.2), (1.3, -0.9, 0.2), (1.5, -1.7, 0.05)],
+    "floppy": [(0.8, -0.4, 0.2), (1.1, 0.9, 0.4)],
+}
+PATTERNS = {  # several strings each, in radii of the body
+    "plain": [],
+    "belly": [[(-0.4, 0.3, 0.5), (0.4, 0.3, 0.5)]],
+    "dots": [[(x, y, 0.2)] for x in (-0.3, 0.3) for y in (-0.5, 0.5)] + [[(-0.7, 0, 0.2)], [(0, 0, 0.2)]],
+    "stripes": [[(x, -y, 0.1), (x, y, 0.1)] for x, y in ((-0.6, 0.65), (-0.2, 0.8), (0.2, 0.8), (0.6, 0.65))],
+    "bands": [[(-x, y, 0.1), (x, y, 0.1)] for x, y in ((0.65, -0.6), (0.8, -0.2), (0.8, 0.2), (0.65, 0.6))],
+}
+TAILS = {  # in pixels, from the left end of the body
+    "none": [],
+    "long": [(8, 4, 6), (-16, -6, 5), (-26, -32, 5), (-28, -64, 4)],
+    "brush": [(8, 4, 6), (-22, -16, 14), (-42, -48, 3)],
+    "puff": [(-8, -6, 20)],
+    "curl": [(4, 4, 5), (-20, 2, 5), (-34, -14, 5), (-30, -34, 5), (-12, -36, 4), (-10, -20, 4)],
+}
+
+
+def draw_oval(pen, x, y, rx, ry, colour):
+    pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colour)
+
+
+def draw_beads(pen, x, y, beads, colour, scale_x=1, scale_y=1):
+    beads = [(x + scale_x * dx, y + scale_y * dy, scale_y * r) for dx, dy, r in beads]
+    for start, end in zip(beads, beads[1:] + beads[-1:]):  # the last bead ends in itself
+        steps = 1 + round(math.dist(start, end) / 3)
+        for step in range(steps):
+            at_x, at_y, r = (a + (b - a) * step / steps for a, b in zip(start, end))
+            draw_oval(pen, at_x, at_y, r, r, colour)
+
+
+def distinct_colours(rng, count):
+    colours = []
+    while len(colours) < count:
+        colour = tuple(rng.randbytes(3))
+        if all(math.dist(colour, other) > 110 for other in colours):
+            colours.append(colour)
+    return colours
+
+
+def draw_critter(species, seed, side=64):
+    """One critter as a Pillow RGB image, side × side px; the same arguments always draw the same picture."""
+    """The same species and seed give the same picture; the same seed dresses and poses all species alike."""
+    form, rng = SPECIES[species], random.Random(seed)
+    background, skin, limbs, marks = distinct_colours(rng, 4)
+    swing, tilt, flip = rng.uniform(-14, 14), rng.uniform(-15, 15), rng.random() < 0.5
+    size = round(side * rng.uniform(0.75, 1))
+    place = round(rng.random() * (side - size)), round(rng.random() * (side - size))
+
+    canvas = Image.new("RGB", (CANVAS, CANVAS), background)
+    pen = ImageDraw.Draw(canvas)
+    x, y, (rx, ry) = CANVAS / 2, CANVAS / 2, form.body
+    for leg in range(form.legs):
+        hip = 1.7 * rx * ((leg + 0.5) / form.legs - 0.5)
+        foot, ground = hip + swing, 0.7 * ry + form.leg_length
+        draw_beads(pen, x, y, [(hip, 0, 5), (foot, ground, 4), (foot + 3, ground, 5)], limbs)
+    draw_beads(pen, x - rx, y, TAILS[form.tail], limbs)
+    draw_oval(pen, x, y, rx, ry, skin)
+    for beads in PATTERNS[form.pattern]:
+        draw_beads(pen, x, y, beads, marks, rx, ry)
+
+    x, y, r = x + 0.8 * rx, y - 0.8 * ry, form.head
+    draw_beads(pen, x, y, EARS[form.ears], limbs, r, r)
+    draw_beads(pen, x, y, EARS[form.ears], limbs, -r, r)
+    draw_oval(pen, x, y, r, r, skin)
+    eye = 14 / math.sqrt(form.eyes)  # the more, the smaller: the amount of white doesn't count them
+    for i in range(form.eyes):
+        eye_x = x + 5 + 2.1 * eye * (i - (form.eyes - 1) / 2)
+        draw_oval(pen, eye_x, y - 4, eye, eye, "white")
+        draw_oval(pen, eye_x + 0.3 * eye, y - 4, eye / 2, eye / 2, "black")
+
+    canvas = canvas.rotate(tilt, fillcolor=background)
+    if flip:
+        canvas = ImageOps.mirror(canvas)
+    picture = Image.new("RGB", (side, side), background)
+    picture.paste(canvas.resize((size, size), Image.Resampling.BOX), place)
+    grain = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
+    return Image.blend(picture, grain, 0.08)
+
+
+def critters(count, seed):
+    """`count` pictures for draw_critter, as (species, picture seed), the species in turn."""
+    rng = random.Random(seed)
+    return [(i % len(SPECIES), rng.getrandbits(32)) for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures: what there is to train on
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pictures:
+    """A data set as a list. The first `train` items are its training split, the rest its test split."""
+
+    items: list  # what open_picture opens: a path, or the (species, seed) of a critter
+    labels: list  # the class of each item, −1 where nobody says
+    classes: list  # the names of the classes
+    train: int
+
+
+def list_pictures(dataset, data_dir, count=0):
+    """Find a data set's pictures; torchvision downloads pets and flowers first. count: how many critters."""
+    data_dir = Path(data_dir)
+    if dataset == "critters":
+        test = count // 4
+        parts = [critters(count - test, seed=0), critters(test, seed=1)]
+        parts = [(part, [species for species, _ in part]) for part in parts]
+        classes = [form.name for form in SPECIES]
+    elif dataset == "pets":
+        splits = [OxfordIIITPet(data_dir, split, download=True) for split in ("trainval", "test")]
+        parts, classes = [(split._images, split._labels) for split in splits], splits[0].classes
+    elif dataset == "flowers":
+        splits = [Flowers102(data_dir, split, download=True) for split in ("train", "val", "test")]
+        parts, classes = [(split._image_files, split._labels) for split in splits], splits[0].classes
+    else:
+        parts, classes = list_folder(data_dir)
+    items, labels = [sum(map(list, column), []) for column in zip(*parts)]
+    return Pictures(items, labels, classes, len(items) - len(parts[-1][0]) if len(parts) > 1 else len(items))
+
+
+def list_folder(data_dir):
+    """Read train/<class>/… and val/<class>/… or test/<class>/…, or else any folder of unlabelled pictures.
+
+    Returns one (paths, labels) for each split, the test split last, and the names of the classes.
+    """
+    if not data_dir.is_dir():
+        stop(f"there is no folder {data_dir}: name the folder of your pictures by --data-dir")
+    splits = [data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()]
+    if data_dir / "train" not in splits or not any(path.is_dir() for path in (data_dir / "train").iterdir()):
+        paths = sorted(path for path in data_dir.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not paths:
+            stop(f"no pictures in {data_dir} (their names must end in {' '.join(IMG_EXTENSIONS)})")
+        return [(paths, [-1] * len(paths))], []
+    try:
+        splits = [ImageFolder(split) for split in splits]
+    except FileNotFoundError as error:  # a class without pictures, or a split without classes
+        stop(f"{data_dir}: {str(error).splitlines()[0]}")
+    if any(split.classes != splits[0].classes for split in splits):
+        stop(f"{' and '.join(split.root for split in splits)} must have the same folders, one a class")
+    return [zip(*split.samples) for split in splits], splits[0].classes
+
+
+def open_picture(item, side):
+    """A picture as a Pillow RGB image, turned as a viewer shows it. side: pixels to draw a critter at."""
+    if isinstance(item, tuple):
+        return draw_critter(*item, side)
+    with Image.open(item) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cache: every picture decoded once
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_pixels(pictures, dataset, data_dir, image_size):
+    """All pictures as one array, uint8 [n, 3, S, S], and their true (width, height), float [n, 2].
+
+    Decoding a JPEG costs more than a GPU's training step on it, so it happens once: the array is a file in
+    data_dir/cache, mapped into memory, and rebuilt when the files, their sizes or dates have changed. Each
+    picture is squeezed to a square. That loses no geometry: crops are drawn in its true proportions, and
+    crop_and_resize scales the two axes separately, which undoes the squeeze.
+    """
+    if dataset == "critters":  # drawn at the size they are used at, in seconds: nothing to keep
+        side = image_size
+        pixels = np.empty((len(pictures.items), 3, side, side), np.uint8)
+        return torch.from_numpy(pixels), fill(pixels, pictures.items, "drawing critters")
+    side = round(image_size * 10 / 7 / 16) * 16  # 320 for 224: the smallest crop is still 143 px wide
+    folder = Path(data_dir) / "cache"
+    files = [(str(path), os.stat(path)) for path in pictures.items]
+    stamp = repr([(path, info.st_size, info.st_mtime_ns) for path, info in files])
+    target = folder / f"{dataset}-{side}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
+    sizes_file = target.with_suffix(".sizes.npy")
+    if not target.exists():
+        folder.mkdir(exist_ok=True)
+        shape = (len(files), 3, side, side)
+        print(f"decoding {len(files):,} pictures once, into {target} ({math.prod(shape) / 1e9:.1f} GB)")
+        # Built under another name and renamed when whole, so that a killed build leaves nothing half-made.
+        building = target.with_suffix(f".{os.getpid()}.tmp")
+        pixels = np.lib.format.open_memmap(building, mode="w+", dtype=np.uint8, shape=shape)
+        sizes = fill(pixels, pictures.items, "decoding")
+        pixels.flush()
+        np.save(sizes_file, sizes.numpy())
+        os.replace(building, target)
+    pixels = np.load(target, mmap_mode="c")  # copy on write: torch wants it writable, the file stays as it is
+    return torch.from_numpy(pixels), torch.from_numpy(np.load(sizes_file))
+
+
+def fill(pixels, items, what):
+    """Decode every item into its row of `pixels`, by all cores; returns their true sizes, float [n, 2]."""
+    side = pixels.shape[-1]
+
+    def decode(i):
+        image = open_picture(items[i], side)
+        size = image.size
+        if size != (side, side):
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
+        pixels[i] = np.asarray(image).transpose(2, 0, 1)
+        return size
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
+        sizes = list(tqdm(pool.map(decode, range(len(items))), what, len(items), leave=False))
+    return torch.tensor(sizes, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Views: crops and colours, drawn for each picture, computed for all at once
+# ------------------------------------------------------------------------------------------------------------
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which everyone uses
+
+
+def draw_crops(sizes, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
+    """Random resized crops, drawn as torchvision draws them.
+
+    sizes [B, 2] width, height in pixels  →  [B, 4] left, top, width, height as shares of the picture.
+    A crop covers a uniform share of the area and has a log-uniform aspect ratio. If ten tries do not fit into
+    the picture, it is the largest centred crop of an allowed ratio.
+    """
+    B = len(sizes)
+    size = sizes[:, None]  # [B, 1, 2]
+    area = size.prod(-1) * torch.empty(B, tries).uniform_(*scale, generator=generator)
+    aspect = torch.empty(B, tries).uniform_(*map(math.log, ratio), generator=generator).exp()
+    crop = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1).round()  # [B, tries, 2]
+    fits = ((crop > 0) & (crop <= size)).all(-1)  # [B, tries]
+    first = fits.int().argmax(1)  # the first try that fits
+    crop = crop[torch.arange(B), first]  # [B, 2]
+    corner = (torch.rand(B, 2, generator=generator) * (sizes - crop + 1)).floor()
+
+    largest = torch.minimum(sizes, torch.stack([sizes[:, 1] * ratio[1], sizes[:, 0] / ratio[0]], -1).round())
+    fits = fits.any(1)[:, None]
+    crop = torch.where(fits, crop, largest)
+    corner = torch.where(fits, corner, ((sizes - largest) / 2).floor())
+    return torch.cat([corner / sizes, crop / sizes], dim=1)
+
+
+def centre_crops(sizes):
+    """The test-time crop, [B, 4] as above: the central square, 224/256 of the shorter side."""
+    side = sizes.amin(1, keepdim=True) * 224 / 256 / sizes  # [B, 2] shares
+    return torch.cat([(1 - side) / 2, side], dim=1)
+
+
+# How much of each operation: brightness, contrast, saturation, hue, grey (no choice), blur (sigma in pixels).
+RANGES = ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1), (0.0, 0.0), (0.1, 2.0))
+
+
+def draw_colours(count, generator):
+    """Which colour operations each of `count` views gets, in which order, and how much: tensors [count, 6].
+
+    With probability 0.6, in random order: colour jitter (itself four operations in random order), grey, blur.
+    order[i, k] is view i's k-th operation, active[i, o] whether it gets operation o, factor[i, o] how much.
+    """
+    group = torch.tensor([0, 0, 0, 0, 1, 2])  # jitter's four operations stay together
+    rank = torch.rand(count, 3, generator=generator).argsort(1)  # which group comes when
+    order = (rank[:, group] + torch.rand(count, 6, generator=generator)).argsort(1)
+    chance = torch.tensor([0.8, 0.1, 0.3])
+    active = (torch.rand(count, 3, generator=generator) < chance)[:, group]
+    active &= torch.rand(count, 1, generator=generator) < 0.6
+    low, high = torch.tensor(RANGES).T
+    return order, active, low + (high - low) * torch.rand(count, 6, generator=generator)
+
+
+def resize_matrix(start, length, source, out):
+    """One axis of crop-and-resize as a matrix: [B, out, source] weights, rows summing to 1.
+
+    This is antialiased bicubic interpolation (Keys, a = −1/2), the same as Pillow's: every output pixel is a
+    weighted mean of the source pixels around it, over a wider range when shrinking. As a matrix it costs
+    little beside the model, runs anywhere, and lets each picture of a batch have its own crop.
+    start, length [B]: the crop, in source pixels
+    """
+    scale = (length / out)[:, None]  # source pixels for each output pixel
+    centre = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale  # [B, out]
+    pixel = torch.arange(source, device=start.device) + 0.5  # [source]
+    x = (pixel - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]  # [B, out, source]
+    near, far = 1 + x * x * (1.5 * x - 2.5), 2 + x * (-4 + x * (2.5 - 0.5 * x))
+    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    end = start + length
+    inside = (pixel > start[:, None]) & (pixel < end[:, None])  # nothing from beyond the crop
+    weight = weight * inside[:, None]
+    return weight / weight.sum(dim=2, keepdim=True)
+
+
+def crop_and_resize(pixels, crops, flip, out):
+    """Cut a crop out of each picture and scale it: uint8 [B, 3, S, S] → float [B, 3, out, out] from 0 to 1.
+
+    crops [B, 4]: left, top, width, height as shares of the picture. flip bool [B] or None: mirror it?
+    """
+    side = pixels.shape[-1]
+    left, top, width, height = (crops * side).unbind(1)
+    across, down = resize_matrix(left, width, side, out), resize_matrix(top, height, side, out)  # [B, out, S]
+    if flip is not None:
+        across = torch.where(flip[:, None, None], across.flip(1), across)
+    images = down[:, None] @ (pixels.float() / 255) @ across.transpose(1, 2)[:, None]
+    return images.clamp(0, 1)  # bicubic weights can be negative and overshoot
+
+
+def luminance(images):
+    """[B, 3, H, W] → [B, 1, H, W]"""
+    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device)
+    return (images * weights.view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def brightness(images, factor):
+    return (images * factor).clamp(0, 1)
+
+
+def contrast(images, factor):
+    return (images * factor + luminance(images).mean((2, 3), keepdim=True) * (1 - factor)).clamp(0, 1)
+
+
+def saturation(images, factor):
+    return (images * factor + luminance(images) * (1 - factor)).clamp(0, 1)
+
+
+def hue(images, shift):
+    """Turn the colour wheel by `shift` of a full turn: RGB to hue, saturation, value, and back."""
+    value, least = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = value - least
+    red, green, blue = images.split(1, dim=1)
+    turn = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
+    turn = turn / chroma.clamp(min=1e-12) + torch.where(value == red, 0, torch.where(value == green, 2, 4))
+    turn = turn + 6 * shift  # the hue, in sixths of a turn
+    k = (turn + torch.tensor([5, 3, 1], device=images.device).view(3, 1, 1)) % 6  # [B, 3, H, W]
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def grey(images, factor):
+    return luminance(images).expand_as(images)
+
+
+def blur(images, sigma):
+    """9×9 Gaussian blur with reflected borders, one sigma a picture, as one banded matrix on either side."""
+    H = images.shape[-1]
+    offset = torch.arange(-4, 5, device=images.device)
+    weight = torch.softmax(-0.5 * (offset / sigma.view(-1, 1)) ** 2, dim=1)  # [B, 9]
+    place = torch.arange(-4, H + 4, device=images.device).abs()
+    place = torch.where(place < H, place, 2 * H - 2 - place)  # mirrored at both ends: [H + 8]
+    taps = F.one_hot(place, H).float().unfold(0, 9, 1)  # [H, H, 9]: which pixel each tap of each output reads
+    matrix = (taps @ weight.T).permute(2, 0, 1)[:, None]  # [B, 1, H, H]
+    return matrix @ images @ matrix.transpose(2, 3)
+
+
+OPERATIONS = (brightness, contrast, saturation, hue, grey, blur)
+
+
+def apply_colours(images, order, active, factor):
+    """Apply to each image its own operations, in its own order. Changes `images` [B, 3, H, W] in place.
+
+    order and active (from draw_colours) stay on the CPU, where the rows that an operation touches are found
+    without asking the device.
+    """
+    factor = factor.to(images.device, non_blocking=True)
+    for step in range(order.shape[1]):
+        for number, operation in enumerate(OPERATIONS):
+            rows = (active[:, number] & (order[:, step] == number)).nonzero().squeeze(1)
+            if len(rows):
+                rows = rows.to(images.device, non_blocking=True)
+                images[rows] = operation(images[rows], factor[rows, number].view(-1, 1, 1, 1))
+    return images
+
+
+def normalise(images):
+    """Subtract the mean and divide by the deviation of ImageNet's colours."""
+    mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (MEAN, STD))
+    return (images - mean) / std
+
+
+class Loader:
+    """Makes the batch of a step: picks its pictures, draws crops, colours and masks, all from (seed, step).
+
+    rows: which pictures to use, long [n]. Each epoch takes them in a new random order, and leaves out what
+    does not fill a batch.
+    """
+
+    def __init__(self, pixels, sizes, rows, batch_size, seed, device):
+        self.sizes, self.rows, self.batch_size, self.seed, self.device = sizes, rows, batch_size, seed, device
+        # A small data set lives on the GPU, next to where it is used.
+        fits = device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4
+        self.pixels = pixels.to(device) if fits else pixels
+        self.steps_per_epoch = len(rows) // batch_size
+
+    def pick(self, step):
+        """The rows of step 1, 2, …: a slice of the epoch's random order."""
+        epoch, i = divmod(step - 1, self.steps_per_epoch)
+        order = torch.randperm(len(self.rows), generator=generator_for(self.seed, 0, epoch))
+        return self.rows[order[i * self.batch_size : (i + 1) * self.batch_size]]
+
+    def read(self, rows):
+        """The pictures' pixels on the device, uint8 [B, 3, S, S]."""
+        pixels = self.pixels[rows.to(self.pixels.device)]
+        if pixels.device != self.device:
+            if self.device.type == "cuda":
+                pixels = pixels.pin_memory()  # lets the copy run while the device computes
+            pixels = pixels.to(self.device, non_blocking=True)
+        return pixels
+
+    def batch(self, step, views, masks=None):
+        """Everything that step needs, drawn and read: a tuple for make_views, the rows, and the masks.
+
+        masks: (grid, mask_ratio, masking) for sample_masks.
+        """
+        rows, generator = self.pick(step), generator_for(self.seed, 1, step)
+        crops = draw_crops(self.sizes[rows], generator)
+        flip = torch.rand(len(rows), generator=generator) < 0.5
+        colours = draw_colours(views * len(rows), generator)
+        visible = sample_masks(len(rows), *masks, generator).to(self.device) if masks else None
+        return (self.read(rows), crops.to(self.device), flip.to(self.device), colours), rows, visible
+
+
+def make_views(pixels, crops, flip, colours, image_size):
+    """Normalised views [V·B, 3, H, H]: one crop of each picture, V times over, each with its own colours."""
+    images = crop_and_resize(pixels, crops, flip, image_size)
+    views = len(colours[0]) // len(images)
+    return normalise(apply_colours(images.repeat(views, 1, 1, 1), *colours))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimisation
+# ------------------------------------------------------------------------------------------------------------
+
+
+def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, end_lr=1e-5, flat=0.72,
+              start_decay=0.04, end_decay=0.4, start_momentum=0.996, end_momentum=1.0):  # fmt: skip
+    """(learning rate, weight decay, EMA momentum) of step 1 … total_steps.
+
+    The learning rate climbs in a line, stays at its peak for `flat` of the steps that are left, and falls
+    along half a cosine. Weight decay and momentum change in a line over the whole run: the target slows down
+    until, at the end, it stands still.
+    """
+    done = step / total_steps
+    weight_decay = start_decay + done * (end_decay - start_decay)
+    momentum = start_momentum + done * (end_momentum - start_momentum)
+    flat_end = warmup_steps + int(flat * (total_steps - warmup_steps))
+    if step < warmup_steps:
+        lr = start_lr + step / warmup_steps * (peak_lr - start_lr)
+    elif step <= flat_end:
+        lr = peak_lr
+    else:
+        fall = (step - flat_end) / (total_steps - flat_end)
+        lr = end_lr + (peak_lr - end_lr) * (1 + math.cos(math.pi * fall)) / 2
+    return lr, weight_decay, momentum
+
+
+def make_optimizer(parameters, device):
+    """AdamW in two groups: matrices, whose weight decay is scheduled, and vectors, which have none."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1]},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type != "mps")
+
+
+def set_schedule(optimizer, lr, weight_decay):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+def choose_device(name):
+    """The device called `name`, or the best there is."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        stop(f"device {name} is not there; leave --device out to use the best there is")
+    return device
+
+
+def choose_precision(name, device):
+    """(dtype for autocast or None for plain float32, whether gradients need scaling)"""
+    on_gpu = device.type == "cuda"
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name is None:
+        name = "fp32" if not on_gpu else "bf16" if has_bf16 else "fp16"
+    if name == "bf16" and not has_bf16:
+        stop("this GPU cannot do bf16; use --precision fp16")
+    # In fp16 small gradients would round to zero: they are scaled up, and down again before the step.
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name], name == "fp16"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+# ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = "epoch step loss learning_rate weight_decay momentum target_std images_per_s seconds".split()
+
+
+def write_whole(path, write):
+    """Write a file under another name and rename it when it is whole: nobody ever finds half of it."""
+    building = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(building, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(building, path)
+
+
+def save_metrics(path, rows):
+    lines = [",".join(COLUMNS)] + [",".join(f"{row[name]:.6g}" for name in COLUMNS) for row in rows]
+    write_whole(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def random_state(device):
+    """The generators that dropout draws from, as they stand."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def target_deviation(target):
+    """The collapse watch: each channel's standard deviation over all tokens, averaged.  [B, N, D] → scalar"""
+    return target.float().flatten(0, 1).std(dim=0).mean()
+
+
+def save_views(path, context_images, target_images, visible, count=6):
+    """Save what the model sees, a row an image: context view, the same with its mask, target view."""
+    cell = context_images.shape[-1] // math.isqrt(visible.shape[1])
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    rows = []
+    images = context_images[:count].cpu(), target_images[:count].cpu(), visible[:count].cpu()
+    for context, target, mask in zip(*images):
+        mask = mask.view(-1, math.isqrt(len(mask))).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+        context, target = context * std + mean, target * std + mean
+        row = [context, torch.where(mask, context, 0.5), target]
+        rows.append(torch.cat([F.pad(image, (2, 2, 2, 2), value=1.0) for image in row], dim=2))
+    save_image(path, torch.cat(rows, dim=1))
+
+
+def save_image(path, image):
+    """Save float [3, H, W] from 0 to 1 as a PNG."""
+    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    write_whole(path, lambda file: Image.fromarray(array).save(file, "PNG"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        stop(f"{message} (see --help)")
+
+
+def add_device_arguments(parser):
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="(default: by device)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: on cuda only)")
+
+
+def read_arguments(argv):
+    """Parse the command line: (all that is not part of the recipe, the recipe's entries that were given)."""
+    parser = Parser("train.py", description="Pretrain a SCOTT encoder by MIM-JEPA.")
+    parser.add_argument("--dataset", choices=RECIPES, default="critters", help="(default: critters)")
+    parser.add_argument("--data-dir", default="data", help="where it is, or will be (default: data)")
+    parser.add_argument("--out", help="where the run's files go (default: runs/DATASET)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--max-steps", type=int, help="stop after so many; the schedules stay as they are")
+    add_device_arguments(parser)
+    about = "Every entry of a recipe is a flag. In brackets: the paper's value (critters has its own)."
+    group = parser.add_argument_group("recipe", about)
+    for name, value in PAPER.items():
+        flag, kind = f"--{name.replace('_', '-')}", type(value)
+        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{HELP[name]} [{value}]")
+    args = parser.parse_args(argv)
+    given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
+    return args, given
+
+
+def check_recipe(recipe):
+    """Stop at the first entry that cannot work; returns the model's Config."""
+    positive = [(name, recipe[name] >= 1, "1 or more") for name in ("epochs", "batch_size", "probe_epochs")]
+    for name, holds, must_be in positive + [
+        ("lr", 0 < recipe["lr"] < math.inf, "more than 0"),
+        ("momentum", 0 <= recipe["momentum"] <= 1, "from 0 to 1"),
+        ("seed", 0 <= recipe["seed"] < 2**63, "0 or more"),
+        ("pictures", recipe["pictures"] >= 0, "0 (all) or more"),
+        ("pretrain_split", recipe["pretrain_split"] in ("all", "train"), "'all' or 'train'"),
+    ]:
+        if not holds:
+            stop(f"{name} is {recipe[name]!r}, it must be {must_be}")
+    try:
+        return Config(**{name: recipe[name] for name in Config.__dataclass_fields__})
+    except ValueError as error:
+        stop(error)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args, given = read_arguments(argv)
+    device = choose_device(args.device)
+    dtype, scale_gradients = choose_precision(args.precision, device)
+    out = Path(args.out or f"runs/{args.dataset}")
+    if args.max_steps is not None and args.max_steps < 1:
+        stop(f"max_steps is {args.max_steps}, it must be 1 or more")
+    checkpoint_file = out / "ckpt.pt"
+
+    # A new run, or the one in --out from where it stopped.
+    saved = None
+    recipe = RECIPES[args.dataset] | given
+    if checkpoint_file.exists():
+        if not args.resume:
+            stop(f"{out} holds a run already: go on with --resume, or name another folder by --out")
+        try:
+            saved = load_checkpoint(checkpoint_file)
+        except ValueError as error:
+            stop(error)
+        recipe = saved["recipe"]
+        for name, value in (given | {"dataset": args.dataset}).items():
+            if value != recipe[name]:
+                stop(f"the run in {out} has {name} {recipe[name]}, not {value}: name another folder by --out")
+    recipe = recipe | {"dataset": args.dataset, "data_dir": args.data_dir}
+    config = check_recipe(recipe)
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+
+    # The pictures.
+    pictures = list_pictures(args.dataset, args.data_dir, recipe["pictures"])
+    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, config.image_size)
+    rows = torch.arange(pictures.train if recipe["pretrain_split"] == "train" else len(pictures.items))
+    if 0 < recipe["pictures"] < len(rows):
+        order = torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))
+        rows = rows[order[: recipe["pictures"]]]
+    batch_size = recipe["batch_size"]
+    if len(rows) < batch_size:
+        stop(f"{len(rows)} pictures do not fill a batch of {batch_size}: lower --batch-size")
+    loader = Loader(pixels, sizes, rows, batch_size, recipe["seed"], device)
+    total_steps = recipe["epochs"] * loader.steps_per_epoch
+    warmup_steps = total_steps * 40 // 300  # the paper's share of the run
+    last_step = min(total_steps, args.max_steps or total_steps)
+
+    # The model, its optimiser, and all that changes while training.
+    torch.manual_seed(recipe["seed"])
+    model = MIMJEPA(config).to(device).train()
+    optimizer = make_optimizer(model.parameters(), device)
+    scaler = torch.amp.GradScaler(device.type, enabled=scale_gradients)
+    step, seconds = 0, 0.0
+    history = []  # a row of metrics.csv for each whole epoch
+    log = []  # (loss, target_std) of each step of the epoch under way, as tensors on the device
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        set_random_state(saved["random"], device)
+        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
+        log = list(saved["log"].to(device))
+    use_compile = device.type == "cuda" if args.compile is None else args.compile
+    forward = torch.compile(model, fullgraph=True) if use_compile else model
+
+    if step >= last_step:
+        stop(f"the run in {out} is at step {step:,} of {last_step:,} already")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{args.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {batch_size}, "
+          f"{parameters / 1e6:.1f} M parameters; {device}, {dtype or torch.float32}"
+          f"{', compiled' if use_compile else ''}")  # fmt: skip
+    print(
+        "The loss falls, rises and falls again, because the target gets harder to predict as it learns. "
+        "Watch target_std: 1 is healthy, near 0 the encoder has collapsed."
+    )
+    out.mkdir(parents=True, exist_ok=True)
+
+    worker = ThreadPoolExecutor(1)  # makes the next batch while the device trains on this one
+    masks = (config.grid, config.mask_ratio, config.masking)
+    upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
+    bar = tqdm(total=last_step, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    started = shown = time.perf_counter()
+    lap_start, lap_step, first_step = started, step, step + 1  # speed is measured from lap_start on
+    while step < last_step:
+        step += 1
+        draws, _, visible = upcoming.result()
+        if step < last_step:
+            upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
+        context_images, target_images = make_views(*draws, config.image_size).chunk(2)
+        if step == 1:
+            save_views(out / "views.png", context_images, target_images, visible)
+
+        lr, weight_decay, momentum = schedules(
+            step, total_steps, warmup_steps, peak_lr=recipe["lr"], start_momentum=recipe["momentum"]
+        )
+        set_schedule(optimizer, lr, weight_decay)
+
+        # The step. The model makes the target (no gradient), predicts it from the visible part, compares …
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss, target = forward(context_images, target_images, visible, return_target=True)
+        # … the gradient moves the context encoder and the predictor …
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        # … and the target encoder follows slowly.
+        model.update_target(momentum)
+
+        # Reading a number waits for the device: that is left to once a second and to the epoch's end.
+        log.append(torch.stack([loss.detach(), target_deviation(target)]))
+        epoch_ends = step % loader.steps_per_epoch == 0
+        now = time.perf_counter()
+        if now - shown > 1:
+            shown = now
+            loss, deviation = log[-1].tolist()
+            speed = batch_size * (step - lap_step) / (now - lap_start)
+            bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {lr:.1e}, target_std {deviation:.2f}, {speed:.0f} images/s"
+            )
+        bar.update()
+
+        if epoch_ends or step == last_step:
+            numbers = torch.stack(log).cpu()  # [steps, 2]
+            now = time.perf_counter()
+            if not numbers.isfinite().all():
+                bad = step - len(log) + 1 + (~numbers.isfinite()).any(1).int().argmax().item()
+                stop(
+                    f"the loss is not finite at step {bad:,}; {checkpoint_file} is from before that. Try a "
+                    "lower --lr, or --precision fp32"
+                )
+            loss, deviation = numbers.mean(0).tolist()
+            row = dict(
+                epoch=step / loader.steps_per_epoch, step=step, loss=loss, learning_rate=lr,
+                weight_decay=weight_decay, momentum=momentum, target_std=deviation,
+                images_per_s=batch_size * (step - lap_step) / (now - lap_start),
+                seconds=seconds + now - started,
+            )  # fmt: skip
+            if deviation < 0.1:
+                bar.write(
+                    f"warning: target_std is {deviation:.3f}, the encoder is collapsing: all tokens "
+                    "look alike to it. Try a --momentum nearer to 1, or a lower --lr."
+                )
+            save_metrics(out / "metrics.csv", history + [row])
+            if epoch_ends:
+                history.append(row)
+                log = []
+            state = dict(
+                format=FORMAT, config=asdict(config), recipe=recipe, step=step, model=model.state_dict(),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), random=random_state(device),
+                history=history, log=numbers[:len(log)], seconds=row["seconds"],
+            )  # fmt: skip
+            write_whole(checkpoint_file, lambda file: torch.save(state, file))
+            lap_start, lap_step = time.perf_counter(), step
+        elif step == first_step:
+            lap_start, lap_step = time.perf_counter(), step  # the first step compiles: not counted
+    bar.close()
+    worker.shutdown()
+    print(f"saved {checkpoint_file}. Next: python eval.py {checkpoint_file}")
+
+
+if __name__ == "__main__":
+    main()
