@@ -171,7 +171,7 @@ def train_probes(features, loader, labels, classes, config, epochs, seed):
     total_steps = epochs * loader.steps_per_epoch
     worker = ThreadPoolExecutor(1)
     upcoming = worker.submit(loader.batch, 1, views=1)
-    for step in tqdm(range(1, total_steps + 1), "training probes", leave=False):
+    for step in tqdm(range(1, total_steps + 1), "training probes", leave=False, disable=None):
         draws, rows, _ = upcoming.result()
         if step < total_steps:
             upcoming = worker.submit(loader.batch, step + 1, views=1)
@@ -197,7 +197,7 @@ def evaluate(features, pictures, pixels, sizes, recipe, config, epochs):
 
     def averages(rows):
         batches = features.of_test_views(loader, rows, config.image_size)
-        batches = tqdm(batches, "extracting features", len(rows.split(64)), leave=False)
+        batches = tqdm(batches, "extracting features", len(rows.split(64)), leave=False, disable=None)
         return torch.cat([tokens.mean(1) for tokens in batches])
 
     train, test = averages(train_rows), averages(test_rows)
@@ -273,7 +273,8 @@ def main(argv=None):
     recipe, config = saved["recipe"], trained.config
     dataset, data_dir = args.dataset or recipe["dataset"], args.data_dir or recipe["data_dir"]
     epochs = args.epochs or recipe["probe_epochs"]
-    pictures = list_pictures(dataset, data_dir, recipe["pictures"] if dataset == "critters" else 0)
+    count = recipe["pictures"] if dataset == recipe["dataset"] else RECIPES[dataset]["pictures"]
+    pictures = list_pictures(dataset, data_dir, count)
     if len(pictures.classes) < 2 or pictures.train == len(pictures.items):
         stop(
             f"{data_dir} has no labelled train and test pictures of two classes or more; probes need "

@@ -124,15 +124,19 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
         return order < count
     # Rectangles are drawn number by number, which Python's own generator does 30 times as fast as torch's.
     rng = random.Random(torch.randint(2**62, (), generator=generator).item())
-    return torch.stack([block_mask(grid, count, rng) for _ in range(batch)]).flatten(1)
+    digits = "".join(f"{block_mask(grid, count, rng):0{grid**2}b}" for _ in range(batch))
+    return (torch.frombuffer(bytearray(digits, "ascii"), dtype=torch.uint8) == ord("1")).view(batch, grid**2)
 
 
 def block_mask(grid, count, rng):
-    """One bool mask [grid, grid] with exactly `count` visible cells, a union of rectangles."""
-    visible = [[False] * grid for _ in range(grid)]
-    missing = count
-    # A rectangle is at most grid − 1 on a side. On the smallest grids 16 cells are more than ever fit:
-    # without the third bound no draw would be accepted there, and the loop would not end.
+    """One mask with exactly `count` visible cells, a union of rectangles, as a whole number of grid² bits.
+
+    Bits are set and counted three times as fast as cells of an array, and a GPU asks for thousands a second.
+    """
+    column = [sum(1 << grid * row for row in range(height)) for height in range(grid)]  # one cell wide
+    visible, missing = 0, count
+    # A rectangle is at most grid − 1 on a side. On the smallest grids 16 cells are more than can fit: without
+    # this bound no draw would be accepted there, and the loop would not end.
     smallest = min(16, (grid - 1) ** 2)
     while missing > 0:
         area = rng.uniform(min(smallest, missing), max(16, missing))
@@ -140,14 +144,13 @@ def block_mask(grid, count, rng):
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height >= grid or width >= grid:
             continue
-        top, left = rng.randint(0, grid - height), rng.randint(0, grid - width)
-        rows = visible[top : top + height]
-        new = sum(row[left : left + width].count(False) for row in rows)
+        top, left = int(rng.random() * (grid - height + 1)), int(rng.random() * (grid - width + 1))
+        rectangle = column[height] * ((1 << width) - 1) << (grid * top + left)
+        new = (rectangle & ~visible).bit_count()
         if 0 < new <= missing:  # never overshoot: every image gets the same number of visible tokens
-            for row in rows:
-                row[left : left + width] = [True] * width
+            visible |= rectangle
             missing -= new
-    return torch.tensor(visible)
+    return visible
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def hide(x, visible):
         return x
     cell = x.shape[-1] // visible.shape[-1]  # pixels of this feature map along the side of one token's cell
     visible = visible.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)  # [B, 1, H, W]
-    return x.masked_fill(~visible, 0)  # not x · visible: 0 · NaN is NaN, and nothing hidden may come through
+    return torch.where(visible, x, 0)  # not x · visible: 0 · NaN is NaN, and nothing hidden may come through
 
 
 class MaskedConv2d(nn.Conv2d):

@@ -259,7 +259,7 @@ def list_folder(data_dir):
         stop(f"{data_dir}: {str(error).splitlines()[0]}")
     if any(split.classes != splits[0].classes for split in splits):
         stop(f"{' and '.join(split.root for split in splits)} must have the same folders, one a class")
-    return [zip(*split.samples) for split in splits], splits[0].classes
+    return [tuple(zip(*split.samples)) for split in splits], splits[0].classes
 
 
 def open_picture(item, side):
@@ -321,7 +321,7 @@ def fill(pixels, items, what):
         return size
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
-        sizes = list(tqdm(pool.map(decode, range(len(items))), what, len(items), leave=False))
+        sizes = list(tqdm(pool.map(decode, range(len(items))), what, len(items), leave=False, disable=None))
     return torch.tensor(sizes, dtype=torch.float32)
 
 
@@ -749,7 +749,6 @@ def main(argv=None):
 
     # The pictures.
     pictures = list_pictures(args.dataset, args.data_dir, recipe["pictures"])
-    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, config.image_size)
     rows = torch.arange(pictures.train if recipe["pretrain_split"] == "train" else len(pictures.items))
     if 0 < recipe["pictures"] < len(rows):
         order = torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))
@@ -757,6 +756,7 @@ def main(argv=None):
     batch_size = recipe["batch_size"]
     if len(rows) < batch_size:
         stop(f"{len(rows)} pictures do not fill a batch of {batch_size}: lower --batch-size")
+    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, config.image_size)
     loader = Loader(pixels, sizes, rows, batch_size, recipe["seed"], device)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
