@@ -311,15 +311,17 @@ class Attention(nn.Module):
         return self.dropout(self.proj(x))
 
 
-class SwiGLU(nn.Module):
-    """The feed-forward layer: W₃(silu(a) · b) with [a, b] = W₁₂ x (Shazeer 2020).  [..., D] → [..., D]
+def swiglu_width(dim):
+    """Hidden channels of the feed-forward layer: 8D/3, so its three matrices cost what two of 4D used to."""
+    return 128 * max(1, round(8 * dim / 3 / 128))  # multiples of 128 are what GPUs multiply fastest
 
-    The hidden width is 8D/3 rounded to a multiple of 128, so that three matrices cost what two of 4D used to.
-    """
+
+class SwiGLU(nn.Module):
+    """The feed-forward layer: W₃(silu(a) · b) with [a, b] = W₁₂ x (Shazeer 2020).  [..., D] → [..., D]"""
 
     def __init__(self, dim):
         super().__init__()
-        hidden = 128 * max(1, round(8 * dim / 3 / 128))
+        hidden = swiglu_width(dim)
         self.w12 = nn.Linear(dim, 2 * hidden, bias=False)
         self.w3 = nn.Linear(hidden, dim, bias=False)
 

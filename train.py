@@ -24,6 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+try:
+    import resource  # how much memory the process takes; not on Windows
+except ImportError:
+    resource = None
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +37,7 @@ from torchvision.datasets import Flowers102, ImageFolder, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from scott import FORMAT, MIMJEPA, Config, load_checkpoint, sample_masks
+from scott import FORMAT, MIMJEPA, PATCH, Config, load_checkpoint, sample_masks, swiglu_width
 
 # ------------------------------------------------------------------------------------------------------------
 # Recipes: every entry is also a flag (--batch-size overrides batch_size)
@@ -41,7 +46,7 @@ from scott import FORMAT, MIMJEPA, Config, load_checkpoint, sample_masks
 PAPER = dict(
     epochs=300, batch_size=64, lr=5e-4, momentum=0.996, seed=47, pretrain_split="all", pictures=0,
     probe_epochs=100,
-    image_size=224, dim=384, depth=12, heads=4, predictor_depth=3, tokenizer="scott",
+    image_size=224, cache_side=320, dim=384, depth=12, heads=4, predictor_depth=3, tokenizer="scott",
     dropout=0.2, attention_dropout=0.1, drop_path=0.1, mask_ratio=0.6, masking="block",
 )  # fmt: skip
 RECIPES = {
@@ -64,6 +69,7 @@ HELP = dict(
     pictures="how many pictures to pretrain on, chosen at random; 0: all (critters: how many to draw)",
     probe_epochs="epochs that eval.py trains its attentive probes for",
     image_size="side H of the model's input, pixels",
+    cache_side="side at which decoded pictures are kept, pixels (critters: drawn at image_size)",
     dim="width D of a token",
     depth="blocks of the encoder",
     heads="attention heads",
@@ -275,19 +281,19 @@ def open_picture(item, side):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_pixels(pictures, dataset, data_dir, image_size):
+def load_pixels(pictures, dataset, data_dir, recipe):
     """All pictures as one array, uint8 [n, 3, S, S], and their true (width, height), float [n, 2].
 
     Decoding a JPEG costs more than a GPU's training step on it, so it happens once: the array is a file in
     data_dir/cache, mapped into memory, and rebuilt when the files, their sizes or dates have changed. Each
     picture is squeezed to a square. That loses no geometry: crops are drawn in its true proportions, and
-    crop_and_resize scales the two axes separately, which undoes the squeeze.
+    crop_and_resize scales the two axes separately, which undoes the squeeze. At a side of 320 the smallest
+    crop (a fifth of the area) still has 143 px for the model's 224, and ImageNet-100 takes 40 GB.
     """
     if dataset == "critters":  # drawn at the size they are used at, in seconds: nothing to keep
-        side = image_size
-        pixels = np.empty((len(pictures.items), 3, side, side), np.uint8)
+        pixels = np.empty((len(pictures.items), 3, recipe["image_size"], recipe["image_size"]), np.uint8)
         return torch.from_numpy(pixels), fill(pixels, pictures.items, "drawing critters")
-    side = round(image_size * 10 / 7 / 16) * 16  # 320 for 224: the smallest crop is still 143 px wide
+    side = recipe["cache_side"]
     folder = Path(data_dir) / "cache"
     files = [(str(path), os.stat(path)) for path in pictures.items]
     stamp = repr([(path, info.st_size, info.st_mtime_ns) for path, info in files])
@@ -563,6 +569,28 @@ def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, e
     return lr, weight_decay, momentum
 
 
+def training_flops(config):
+    """Floating-point operations to train on one image, multiply and add counted as two: 51.3e9 in the paper.
+
+    The target encoder runs forward only. Context encoder and predictor run forward and backward, which costs
+    twice as much again: one product for the gradient of the weights, one for that of the input. The image
+    needs no gradient, so the first layer is spared the second.
+    """
+    H, D, N = config.image_size, config.dim, config.tokens
+
+    def transformer(depth):
+        return depth * (2 * N * D * (4 * D + 3 * swiglu_width(D)) + 4 * N * N * D)
+
+    if config.tokenizer == "patch":
+        first, rest = 2 * N * 3 * PATCH**2 * D, 0
+    else:
+        first = 2 * 49 * 3 * 64 * (H // 2) ** 2
+        rest = 2 * 49 * 64 * D * (H // 8) ** 2 + 2 * 9 * (64 * (H // 4) ** 2 + D * (H // 16) ** 2)
+    encoder = first + rest + transformer(config.depth)
+    predictor = transformer(config.predictor_depth) + 2 * N * D * D
+    return encoder + 3 * (encoder + predictor) - first
+
+
 def make_optimizer(parameters, device):
     """AdamW in two groups: matrices, whose weight decay is scheduled, and vectors, which have none."""
     parameters = [p for p in parameters if p.requires_grad]
@@ -605,7 +633,10 @@ def choose_precision(name, device):
 # What a run leaves behind
 # ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = "epoch step loss learning_rate weight_decay momentum target_std images_per_s seconds".split()
+COLUMNS = (
+    "epoch step loss learning_rate weight_decay momentum target_std "
+    "images_per_s seconds wait tflops memory_gb"
+).split()
 
 
 def write_whole(path, write):
@@ -621,6 +652,17 @@ def write_whole(path, write):
 def save_metrics(path, rows):
     lines = [",".join(COLUMNS)] + [",".join(f"{row[name]:.6g}" for name in COLUMNS) for row in rows]
     write_whole(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def peak_memory_gb(device):
+    """The most memory this run has used so far: the GPU's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return math.nan
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 
 def random_state(device):
@@ -699,7 +741,10 @@ def read_arguments(argv):
 
 def check_recipe(recipe):
     """Stop at the first entry that cannot work; returns the model's Config."""
-    positive = [(name, recipe[name] >= 1, "1 or more") for name in ("epochs", "batch_size", "probe_epochs")]
+    positive = [
+        (name, recipe[name] >= 1, "1 or more")
+        for name in ("epochs", "batch_size", "probe_epochs", "cache_side")
+    ]
     for name, holds, must_be in positive + [
         ("lr", 0 < recipe["lr"] < math.inf, "more than 0"),
         ("momentum", 0 <= recipe["momentum"] <= 1, "from 0 to 1"),
@@ -756,7 +801,7 @@ def main(argv=None):
     batch_size = recipe["batch_size"]
     if len(rows) < batch_size:
         stop(f"{len(rows)} pictures do not fill a batch of {batch_size}: lower --batch-size")
-    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, config.image_size)
+    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, recipe)
     loader = Loader(pixels, sizes, rows, batch_size, recipe["seed"], device)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
@@ -797,10 +842,12 @@ def main(argv=None):
     upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
     bar = tqdm(total=last_step, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
     started = shown = time.perf_counter()
-    lap_start, lap_step, first_step = started, step, step + 1  # speed is measured from lap_start on
+    lap_start, lap_step, waited, first_step = started, step, 0.0, step + 1  # what speed is measured over
     while step < last_step:
         step += 1
+        before = time.perf_counter()
         draws, _, visible = upcoming.result()
+        waited += time.perf_counter() - before
         if step < last_step:
             upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
         context_images, target_images = make_views(*draws, config.image_size).chunk(2)
@@ -832,13 +879,15 @@ def main(argv=None):
             loss, deviation = log[-1].tolist()
             speed = batch_size * (step - lap_step) / (now - lap_start)
             bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {lr:.1e}, target_std {deviation:.2f}, {speed:.0f} images/s"
+                f"loss {loss:.4f}, lr {lr:.1e}, target_std {deviation:.2f}, {speed:.0f} images/s, wait "
+                f"{waited / (now - lap_start):.0%}, {speed * training_flops(config) / 1e12:.3g} TFLOP/s"
             )
         bar.update()
 
         if epoch_ends or step == last_step:
             numbers = torch.stack(log).cpu()  # [steps, 2]
             now = time.perf_counter()
+            speed = batch_size * (step - lap_step) / (now - lap_start)
             if not numbers.isfinite().all():
                 bad = step - len(log) + 1 + (~numbers.isfinite()).any(1).int().argmax().item()
                 stop(
@@ -849,8 +898,8 @@ def main(argv=None):
             row = dict(
                 epoch=step / loader.steps_per_epoch, step=step, loss=loss, learning_rate=lr,
                 weight_decay=weight_decay, momentum=momentum, target_std=deviation,
-                images_per_s=batch_size * (step - lap_step) / (now - lap_start),
-                seconds=seconds + now - started,
+                images_per_s=speed, seconds=seconds + now - started, wait=waited / (now - lap_start),
+                tflops=speed * training_flops(config) / 1e12, memory_gb=peak_memory_gb(device),
             )  # fmt: skip
             if deviation < 0.1:
                 bar.write(
@@ -867,9 +916,8 @@ def main(argv=None):
                 history=history, log=numbers[:len(log)], seconds=row["seconds"],
             )  # fmt: skip
             write_whole(checkpoint_file, lambda file: torch.save(state, file))
-            lap_start, lap_step = time.perf_counter(), step
-        elif step == first_step:
-            lap_start, lap_step = time.perf_counter(), step  # the first step compiles: not counted
+        if epoch_ends or step == first_step:  # the first step compiles, it is not counted
+            lap_start, lap_step, waited = time.perf_counter(), step, 0.0
     bar.close()
     worker.shutdown()
     print(f"saved {checkpoint_file}. Next: python eval.py {checkpoint_file}")
