@@ -280,7 +280,7 @@ def main(argv=None):
             f"{data_dir} has no labelled train and test pictures of two classes or more; probes need "
             "train/<class>/… and test/<class>/…"
         )
-    pixels, sizes = load_pixels(pictures, dataset, data_dir, recipe)
+    pixels, sizes = load_pixels(pictures, dataset, data_dir, Path(args.checkpoint).parent, recipe)
     test_count = len(pictures.items) - pictures.train
     print(
         f"{dataset}: {pictures.train:,} training and {test_count:,} test pictures of "

@@ -824,7 +824,7 @@ def test_the_cache_keeps_proportions_and_notices_changes():
     save_picture(Path("photos/a.png"), 1, size=(80, 40))
     save_picture(Path("photos/b.png"), 2, size=(30, 90))
     pictures = train.list_pictures("folder", "photos")
-    pixels, sizes = train.load_pixels(pictures, "folder", "photos", {"cache_side": 48})
+    pixels, sizes = train.load_pixels(pictures, "folder", "photos", "out", {"cache_side": 48})
     assert sizes.tolist() == [[80, 40], [30, 90]] and pixels.shape == (2, 3, 48, 48)
     squeezed = Image.open("photos/a.png").resize((48, 48), Image.Resampling.BICUBIC)
     assert (pixels[0].permute(1, 2, 0).numpy() == np.asarray(squeezed)).all()
@@ -836,7 +836,7 @@ def test_the_cache_keeps_proportions_and_notices_changes():
     )
     assert (crop - their / 255).abs().mean() < 0.02
     save_picture(Path("photos/b.png"), 3, size=(30, 60))
-    assert train.load_pixels(pictures, "folder", "photos", {"cache_side": 48})[1].tolist() == [
+    assert train.load_pixels(pictures, "folder", "photos", "out", {"cache_side": 48})[1].tolist() == [
         [80, 40],
         [30, 60],
     ]
@@ -905,7 +905,7 @@ def small_evaluation(pictures):
     torch.manual_seed(0)
     features = probing.Features(Encoder(config), torch.device("cpu"))
     before = {name: value.clone() for name, value in features.encoder.state_dict().items()}
-    pixels, sizes = train.load_pixels(pictures, "critters", "data", recipe)
+    pixels, sizes = train.load_pixels(pictures, "critters", "data", "out", recipe)
     results = probing.evaluate(features, pictures, pixels, sizes, recipe, config, epochs=2)
     assert all(torch.equal(value, before[name]) for name, value in features.encoder.state_dict().items())
     return results, torch.random.get_rng_state()

@@ -13,10 +13,12 @@ prepared ahead in a thread, and a resumed run sees exactly what it would have se
 """
 
 import argparse
+import atexit
 import hashlib
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections import namedtuple
@@ -25,14 +27,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 try:
-    import resource  # how much memory the process takes; not on Windows
-except ImportError:
-    resource = None
+    import fcntl  # locks on files
+    import resource  # how much memory the process takes
+except ImportError:  # Windows has neither, and does without
+    fcntl = resource = None
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.datasets import Flowers102, ImageFolder, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -281,37 +286,52 @@ def open_picture(item, side):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_pixels(pictures, dataset, data_dir, recipe):
+def load_pixels(pictures, dataset, data_dir, out, recipe):
     """All pictures as one array, uint8 [n, 3, S, S], and their true (width, height), float [n, 2].
 
     Decoding a JPEG costs more than a GPU's training step on it, so it happens once: the array is a file in
-    data_dir/cache, mapped into memory, and rebuilt when the files, their sizes or dates have changed. Each
-    picture is squeezed to a square. That loses no geometry: crops are drawn in its true proportions, and
-    crop_and_resize scales the two axes separately, which undoes the squeeze. At a side of 320 the smallest
-    crop (a fifth of the area) still has 143 px for the model's 224, and ImageNet-100 takes 40 GB.
+    data_dir/cache (out/cache if data_dir is read-only), mapped into memory, and rebuilt when the files, their
+    sizes or dates have changed. Each picture is squeezed to a square. That loses no geometry: crops are drawn
+    in its true proportions, and crop_and_resize, which scales the two axes separately, undoes the squeeze.
+    With a side of 320 the smallest crop (a fifth of the area) still has 143 px for the model's 224, and
+    ImageNet-100 takes 40 GB.
     """
     if dataset == "critters":  # drawn at the size they are used at, in seconds: nothing to keep
         pixels = np.empty((len(pictures.items), 3, recipe["image_size"], recipe["image_size"]), np.uint8)
         return torch.from_numpy(pixels), fill(pixels, pictures.items, "drawing critters")
     side = recipe["cache_side"]
-    folder = Path(data_dir) / "cache"
+    folder = Path(data_dir if os.access(data_dir, os.W_OK) else out) / "cache"
     files = [(str(path), os.stat(path)) for path in pictures.items]
     stamp = repr([(path, info.st_size, info.st_mtime_ns) for path, info in files])
     target = folder / f"{dataset}-{side}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
     sizes_file = target.with_suffix(".sizes.npy")
-    if not target.exists():
-        folder.mkdir(exist_ok=True)
-        shape = (len(files), 3, side, side)
-        print(f"decoding {len(files):,} pictures once, into {target} ({math.prod(shape) / 1e9:.1f} GB)")
-        # Built under another name and renamed when whole, so that a killed build leaves nothing half-made.
-        building = target.with_suffix(f".{os.getpid()}.tmp")
-        pixels = np.lib.format.open_memmap(building, mode="w+", dtype=np.uint8, shape=shape)
-        sizes = fill(pixels, pictures.items, "decoding")
-        pixels.flush()
-        np.save(sizes_file, sizes.numpy())
-        os.replace(building, target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # let go of even by a killed process
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once: one builds, the other waits here
+        if not target.exists():
+            for old in folder.glob(f"{dataset}-{side}-*"):  # of other pictures, or of a build that was killed
+                old.unlink()
+            build_cache(target, sizes_file, pictures.items, side)
     pixels = np.load(target, mmap_mode="c")  # copy on write: torch wants it writable, the file stays as it is
     return torch.from_numpy(pixels), torch.from_numpy(np.load(sizes_file))
+
+
+def build_cache(target, sizes_file, items, side):
+    """Decode all pictures into one file, which gets its name only when it is whole."""
+    need, room = len(items) * 3 * side**2, shutil.disk_usage(target.parent).free
+    if need > room:
+        stop(
+            f"the decoded pictures need {need / 1e9:.1f} GB in {target.parent}, where {room / 1e9:.1f} are "
+            "free: make room, or lower --cache-side"
+        )
+    print(f"decoding {len(items):,} pictures once, to {need / 1e9:.2f} GB in {target.parent}")
+    building = target.with_suffix(".tmp")
+    pixels = np.lib.format.open_memmap(building, mode="w+", dtype=np.uint8, shape=(len(items), 3, side, side))
+    sizes = fill(pixels, items, "decoding")
+    pixels.flush()
+    write_whole(sizes_file, lambda file: np.save(file, sizes.numpy()))
+    os.replace(building, target)
 
 
 def fill(pixels, items, what):
@@ -500,8 +520,9 @@ class Loader:
     does not fill a batch.
     """
 
-    def __init__(self, pixels, sizes, rows, batch_size, seed, device):
+    def __init__(self, pixels, sizes, rows, batch_size, seed, device, rank=0, ranks=1):
         self.sizes, self.rows, self.batch_size, self.seed, self.device = sizes, rows, batch_size, seed, device
+        self.share = torch.arange(rank, batch_size, ranks)  # of each batch; all of it unless under torchrun
         # A small data set lives on the GPU, next to where it is used.
         fits = device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4
         self.pixels = pixels.to(device) if fits else pixels
@@ -531,7 +552,11 @@ class Loader:
         crops = draw_crops(self.sizes[rows], generator)
         flip = torch.rand(len(rows), generator=generator) < 0.5
         colours = draw_colours(views * len(rows), generator)
-        visible = sample_masks(len(rows), *masks, generator).to(self.device) if masks else None
+        visible = sample_masks(len(rows), *masks, generator) if masks else None
+
+        rows, crops, flip = rows[self.share], crops[self.share], flip[self.share]
+        colours = [drawn.view(views, -1, 6)[:, self.share].flatten(0, 1) for drawn in colours]
+        visible = visible[self.share].to(self.device) if masks else None
         return (self.read(rows), crops.to(self.device), flip.to(self.device), colours), rows, visible
 
 
@@ -605,10 +630,12 @@ def set_schedule(optimizer, lr, weight_decay):
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
-def choose_device(name):
+def choose_device(name=None):
     """The device called `name`, or the best there is."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":  # under torchrun each process has a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -768,6 +795,11 @@ def check_recipe(recipe):
 def main(argv=None):
     args, given = read_arguments(argv)
     device = choose_device(args.device)
+    # Under torchrun, `ranks` processes share each batch and average their gradients; rank 0 prints and writes.
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     dtype, scale_gradients = choose_precision(args.precision, device)
     out = Path(args.out or f"runs/{args.dataset}")
     if args.max_steps is not None and args.max_steps < 1:
@@ -792,7 +824,9 @@ def main(argv=None):
     config = check_recipe(recipe)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 
-    # The pictures.
+    # The pictures. Rank 0 downloads them while the others wait.
+    if rank > 0:
+        dist.barrier()
     pictures = list_pictures(args.dataset, args.data_dir, recipe["pictures"])
     rows = torch.arange(pictures.train if recipe["pretrain_split"] == "train" else len(pictures.items))
     if 0 < recipe["pictures"] < len(rows):
@@ -801,8 +835,12 @@ def main(argv=None):
     batch_size = recipe["batch_size"]
     if len(rows) < batch_size:
         stop(f"{len(rows)} pictures do not fill a batch of {batch_size}: lower --batch-size")
-    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, recipe)
-    loader = Loader(pixels, sizes, rows, batch_size, recipe["seed"], device)
+    if batch_size % ranks:
+        stop(f"batch_size is {batch_size}, it must be divisible by the number of processes ({ranks})")
+    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, out, recipe)
+    if rank == 0 and ranks > 1:
+        dist.barrier()
+    loader = Loader(pixels, sizes, rows, batch_size, recipe["seed"], device, rank, ranks)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
     last_step = min(total_steps, args.max_steps or total_steps)
@@ -819,19 +857,27 @@ def main(argv=None):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        set_random_state(saved["random"], device)
+        set_random_state(saved["random"], device)  # dropout goes on where it was
         step, seconds, history = saved["step"], saved["seconds"], saved["history"]
         log = list(saved["log"].to(device))
+    forward = model
+    if ranks > 1:
+        torch.manual_seed(
+            generator_for(recipe["seed"], 3, step, rank).initial_seed()
+        )  # dropout: each its own
+        forward = DistributedDataParallel(model)
     use_compile = device.type == "cuda" if args.compile is None else args.compile
-    forward = torch.compile(model, fullgraph=True) if use_compile else model
+    if use_compile:
+        forward = torch.compile(forward, fullgraph=True)
 
     if step >= last_step:
         stop(f"the run in {out} is at step {step:,} of {last_step:,} already")
+    say = print if rank == 0 else lambda *_: None
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {batch_size}, "
+    say(f"{args.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {batch_size}, "
           f"{parameters / 1e6:.1f} M parameters; {device}, {dtype or torch.float32}"
           f"{', compiled' if use_compile else ''}")  # fmt: skip
-    print(
+    say(
         "The loss falls, rises and falls again, because the target gets harder to predict as it learns. "
         "Watch target_std: 1 is healthy, near 0 the encoder has collapsed."
     )
@@ -840,7 +886,8 @@ def main(argv=None):
     worker = ThreadPoolExecutor(1)  # makes the next batch while the device trains on this one
     masks = (config.grid, config.mask_ratio, config.masking)
     upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
-    bar = tqdm(total=last_step, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no animation
+    bar = tqdm(total=last_step, initial=step, unit="step", mininterval=interval, disable=rank > 0)
     started = shown = time.perf_counter()
     lap_start, lap_step, waited, first_step = started, step, 0.0, step + 1  # what speed is measured over
     while step < last_step:
@@ -851,7 +898,7 @@ def main(argv=None):
         if step < last_step:
             upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
         context_images, target_images = make_views(*draws, config.image_size).chunk(2)
-        if step == 1:
+        if step == 1 and rank == 0:
             save_views(out / "views.png", context_images, target_images, visible)
 
         lr, weight_decay, momentum = schedules(
@@ -885,7 +932,10 @@ def main(argv=None):
         bar.update()
 
         if epoch_ends or step == last_step:
-            numbers = torch.stack(log).cpu()  # [steps, 2]
+            numbers = torch.stack(log)  # [steps, 2]
+            if ranks > 1:
+                dist.all_reduce(numbers)
+            numbers = numbers.cpu() / ranks
             now = time.perf_counter()
             speed = batch_size * (step - lap_step) / (now - lap_start)
             if not numbers.isfinite().all():
@@ -906,7 +956,8 @@ def main(argv=None):
                     f"warning: target_std is {deviation:.3f}, the encoder is collapsing: all tokens "
                     "look alike to it. Try a --momentum nearer to 1, or a lower --lr."
                 )
-            save_metrics(out / "metrics.csv", history + [row])
+            if rank == 0:
+                save_metrics(out / "metrics.csv", history + [row])
             if epoch_ends:
                 history.append(row)
                 log = []
@@ -915,12 +966,13 @@ def main(argv=None):
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), random=random_state(device),
                 history=history, log=numbers[:len(log)], seconds=row["seconds"],
             )  # fmt: skip
-            write_whole(checkpoint_file, lambda file: torch.save(state, file))
+            if rank == 0:
+                write_whole(checkpoint_file, lambda file: torch.save(state, file))
         if epoch_ends or step == first_step:  # the first step compiles, it is not counted
             lap_start, lap_step, waited = time.perf_counter(), step, 0.0
     bar.close()
     worker.shutdown()
-    print(f"saved {checkpoint_file}. Next: python eval.py {checkpoint_file}")
+    say(f"saved {checkpoint_file}. Next: python eval.py {checkpoint_file}")
 
 
 if __name__ == "__main__":
