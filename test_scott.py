@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -737,6 +738,23 @@ def test_resume_goes_on_bit_for_bit_from_an_epochs_end_and_from_within_one():
     assert not same_state("whole/ckpt.pt", "other/ckpt.pt")
 
 
+def test_two_processes_train_what_one_trains():
+    """Same seed and global batch, no dropout: the same weights to rounding, also if one resumes two."""
+    program, flags = (
+        Path(__file__).with_name("train.py"),
+        "--dropout 0 --drop-path 0 --attention-dropout 0".split(),
+    )
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+    command = [*several, *CRITTERS, *flags, "--out", "two", "--max-steps", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.count("saved") == 1, done.stderr
+    train.main([*CRITTERS, *flags, "--out", "two", "--resume"])
+    train.main([*CRITTERS, *flags, "--out", "one"])
+    one, two = load_checkpoint("one/ckpt.pt"), load_checkpoint("two/ckpt.pt")
+    assert all(torch.allclose(value, two["model"][name], atol=1e-5) for name, value in one["model"].items())
+    assert one["history"][0]["loss"] == pytest.approx(two["history"][0]["loss"], rel=1e-5)
+
+
 def test_a_run_is_not_overwritten_nor_resumed_as_something_else(capsys):
     train.main([*CRITTERS, "--max-steps", "1"])
     before = Path("runs/critters/ckpt.pt").read_bytes()
@@ -748,9 +766,11 @@ def test_a_run_is_not_overwritten_nor_resumed_as_something_else(capsys):
 
 def test_the_program_runs_as_a_program():
     command = [sys.executable, Path(__file__).with_name("train.py"), *CRITTERS, "--max-steps", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "python eval.py runs/critters/ckpt.pt" in done.stdout
-    done = subprocess.run([*command[:2], "--mask-ratio", "2", "--out", "x"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command[:2], "--mask-ratio", "2", "--out", "x"], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 2
     assert done.stderr == "error: mask_ratio is 2.0, it must be more than 0 and less than 1\n"
 
@@ -835,11 +855,19 @@ def test_the_cache_keeps_proportions_and_notices_changes():
         TF.center_crop(TF.resize(picture, [36], T.InterpolationMode.BICUBIC), [32, 32]), [32, 32]
     )
     assert (crop - their / 255).abs().mean() < 0.02
+    # a changed picture, or a killed build, is noticed; nothing old is left lying about
+    Path("photos/cache/folder-48-0123456789abcdef.tmp").write_bytes(b"half")
     save_picture(Path("photos/b.png"), 3, size=(30, 60))
-    assert train.load_pixels(pictures, "folder", "photos", "out", {"cache_side": 48})[1].tolist() == [
-        [80, 40],
-        [30, 60],
-    ]
+    sizes = train.load_pixels(pictures, "folder", "photos", "out", {"cache_side": 48})[1]
+    assert sizes.tolist() == [[80, 40], [30, 60]]
+    assert len(list(Path("photos/cache").iterdir())) == 3  # pixels, sizes, lock
+
+
+def test_no_room_for_the_cache_is_told_before_work_starts(capsys, monkeypatch):
+    save_picture(Path("photos/a.png"), 1)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    error = refused(capsys, train, "--dataset", "folder", "--data-dir", "photos", *TINY, "--batch-size", 1)
+    assert "--cache-side" in error and [path.name for path in Path("photos/cache").iterdir()] == ["lock"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -795,7 +795,7 @@ def check_recipe(recipe):
 def main(argv=None):
     args, given = read_arguments(argv)
     device = choose_device(args.device)
-    # Under torchrun, `ranks` processes share each batch and average their gradients; rank 0 prints and writes.
+    # Under torchrun `ranks` processes share each batch and average their gradients; rank 0 prints and writes.
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
