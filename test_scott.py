@@ -6,8 +6,10 @@ They need no download, no GPU and no files from elsewhere, and take about a minu
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -667,9 +669,10 @@ def refused(capsys, program, *arguments):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         program.main([str(argument) for argument in arguments])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    errors = [line for line in lines if "error" in line.lower()]
+    assert stopped.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ")
+    return errors[0]
 
 
 def save_picture(path, seed, size=(60, 48)):
@@ -975,3 +978,116 @@ def test_a_checkpoint_that_is_not_there(capsys, arguments, says):
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(capsys, arguments, says):
     assert says in refused(capsys, train, *arguments.split())
     assert not list(Path(".").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Nothing is lost
+# ------------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments):
+    command = [sys.executable, Path(__file__).with_name("train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+LONG = [*CRITTERS, "--epochs", "20"]  # long enough to be interrupted
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train.main([*LONG, "--out", str(out / "run")])
+    return out / "run/ckpt.pt"
+
+
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(uninterrupted, number, status):
+    """Asked to stop, a run saves inside the epoch; killed, it goes on from the last whole epoch."""
+    run = start(*LONG, "--out", "run")
+    while not Path("run/ckpt.pt").exists():
+        time.sleep(0.02)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == status
+    assert ("--resume" in errors) == (number != signal.SIGKILL)
+    train.main([*LONG, "--out", "run", "--resume"])
+    assert same_state("run/ckpt.pt", uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint_alone(capsys, monkeypatch):
+    train.main([*CRITTERS, "--max-steps", "5"])
+    before = Path("runs/critters/ckpt.pt").read_bytes()
+    loss = scott.jepa_loss
+    monkeypatch.setattr(scott, "jepa_loss", lambda *data: loss(*data) * float("inf"))
+    assert "at step 6" in refused(capsys, train, *CRITTERS, "--resume")
+    assert Path("runs/critters/ckpt.pt").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_alone(capsys, monkeypatch):
+    train.main([*CRITTERS, "--max-steps", "5"])
+    before = Path("runs/critters/ckpt.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.os, "fsync", full)
+    assert "No space left" in refused(capsys, train, *CRITTERS, "--resume")
+    assert Path("runs/critters/ckpt.pt").read_bytes() == before
+
+
+def test_bad_pictures_are_named_and_left_out_on_request(capsys):
+    for i in range(10):
+        save_picture(Path(f"photos/{i}.jpg"), i)
+    whole = Path("photos/3.jpg").read_bytes()
+    Path("photos/3.jpg").write_bytes(whole[: len(whole) // 2])
+    Path("photos/empty.png").touch()
+    Path("photos/words.jpg").write_text("not a picture")
+    command = ["--dataset", "folder", "--data-dir", "photos", *TINY, "--epochs", "1"]
+    error = refused(capsys, train, *command)
+    assert "3.jpg" in error and "2 others" in error and not Path("runs").exists()
+    train.main([*command, "--skip-bad-images"])
+    output = capsys.readouterr().out
+    assert "left out 3" in output and "folder: 9 pictures" in output
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGBA", "LA", "I;16", "exif"])
+def test_pictures_of_every_kind_load_as_a_viewer_shows_them(mode):
+    picture = train.draw_critter(3, 0)
+    expected = picture
+    if mode == "I;16":
+        grey = np.asarray(picture.convert("L"))
+        Image.fromarray(grey.astype(np.uint16) * 257).save("picture.png")
+        expected = picture.convert("L")
+    elif mode == "exif":
+        turned = Image.Exif()
+        turned[0x0112] = 6  # taken with the camera on its side
+        picture.transpose(Image.Transpose.ROTATE_90).save("picture.png", exif=turned)
+    elif mode in ("RGBA", "LA"):
+        faded = picture.convert(mode)
+        faded.putalpha(0)
+        faded.save("picture.png")
+        expected = Image.new("RGB", picture.size, "white")
+    else:
+        expected = picture.convert(mode)
+        expected.save("picture.tiff" if mode == "CMYK" else "picture.png")
+    path = next(Path(".").glob("picture.*"))
+    assert np.array_equal(np.asarray(train.open_picture(path, 64)), np.asarray(expected.convert("RGB")))
+
+
+class Exploit:
+    def __reduce__(self):
+        return Path.touch, (Path("exploited"),)
+
+
+def test_a_checkpoint_cannot_run_code(capsys):
+    torch.save({"format": scott.FORMAT, "model": Exploit()}, "evil.pt")
+    torch.load("evil.pt", weights_only=False)
+    assert Path("exploited").exists()  # the exploit works on those who let it
+    Path("exploited").unlink()
+    refused(capsys, probing, "evil.pt")
+    Path("runs/critters").mkdir(parents=True)
+    Path("evil.pt").rename("runs/critters/ckpt.pt")
+    refused(capsys, train, *CRITTERS, "--resume")
+    assert not Path("exploited").exists()

@@ -15,10 +15,12 @@ prepared ahead in a thread, and a resumed run sees exactly what it would have se
 import argparse
 import atexit
 import hashlib
+import io
 import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import namedtuple
@@ -90,7 +92,7 @@ HELP = dict(
 
 def stop(message):
     """End the program over something its user can put right: one line on stderr, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is being drawn
     raise SystemExit(2)
 
 
@@ -278,7 +280,13 @@ def open_picture(item, side):
     if isinstance(item, tuple):
         return draw_critter(*item, side)
     with Image.open(item) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow would cut off all that is brighter than 255
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -286,7 +294,7 @@ def open_picture(item, side):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_pixels(pictures, dataset, data_dir, out, recipe):
+def load_pixels(pictures, dataset, data_dir, out, recipe, skip_bad=False):
     """All pictures as one array, uint8 [n, 3, S, S], and their true (width, height), float [n, 2].
 
     Decoding a JPEG costs more than a GPU's training step on it, so it happens once: the array is a file in
@@ -294,14 +302,14 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
     sizes or dates have changed. Each picture is squeezed to a square. That loses no geometry: crops are drawn
     in its true proportions, and crop_and_resize, which scales the two axes separately, undoes the squeeze.
     With a side of 320 the smallest crop (a fifth of the area) still has 143 px for the model's 224, and
-    ImageNet-100 takes 40 GB.
+    ImageNet-100 takes 40 GB. With skip_bad, files that are not pictures are left in, with size 0 × 0.
     """
     if dataset == "critters":  # drawn at the size they are used at, in seconds: nothing to keep
         pixels = np.empty((len(pictures.items), 3, recipe["image_size"], recipe["image_size"]), np.uint8)
         return torch.from_numpy(pixels), fill(pixels, pictures.items, "drawing critters")
     side = recipe["cache_side"]
     folder = Path(data_dir if os.access(data_dir, os.W_OK) else out) / "cache"
-    files = [(str(path), os.stat(path)) for path in pictures.items]
+    files = [(os.path.relpath(path, data_dir), os.stat(path)) for path in pictures.items]
     stamp = repr([(path, info.st_size, info.st_mtime_ns) for path, info in files])
     target = folder / f"{dataset}-{side}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
     sizes_file = target.with_suffix(".sizes.npy")
@@ -314,7 +322,16 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
                 old.unlink()
             build_cache(target, sizes_file, pictures.items, side)
     pixels = np.load(target, mmap_mode="c")  # copy on write: torch wants it writable, the file stays as it is
-    return torch.from_numpy(pixels), torch.from_numpy(np.load(sizes_file))
+    sizes = torch.from_numpy(np.load(sizes_file))
+    bad = (sizes[:, 0] == 0).nonzero().flatten().tolist()
+    if bad and not skip_bad:
+        others = f", nor can {len(bad) - 1} others" if len(bad) > 1 else ""
+        stop(
+            f"{pictures.items[bad[0]]} cannot be read as a picture{others}: mend, remove or --skip-bad-images"
+        )
+    if bad:
+        print(f"left out {len(bad)} files that cannot be read as pictures")
+    return torch.from_numpy(pixels), sizes
 
 
 def build_cache(target, sizes_file, items, side):
@@ -335,16 +352,19 @@ def build_cache(target, sizes_file, items, side):
 
 
 def fill(pixels, items, what):
-    """Decode every item into its row of `pixels`, by all cores; returns their true sizes, float [n, 2]."""
+    """Decode every item into its row of `pixels`, by all cores; returns their true sizes, float [n, 2].
+
+    A file that is not a whole picture has size 0 × 0.
+    """
     side = pixels.shape[-1]
 
     def decode(i):
-        image = open_picture(items[i], side)
-        size = image.size
-        if size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BICUBIC)
-        pixels[i] = np.asarray(image).transpose(2, 0, 1)
-        return size
+        try:
+            image = open_picture(items[i], side)
+        except Exception:  # a damaged file can lead Pillow to any error
+            return 0, 0
+        pixels[i] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        return image.size
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
         sizes = list(tqdm(pool.map(decode, range(len(items))), what, len(items), leave=False, disable=None))
@@ -667,13 +687,18 @@ COLUMNS = (
 
 
 def write_whole(path, write):
-    """Write a file under another name and rename it when it is whole: nobody ever finds half of it."""
-    building = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(building, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(building, path)
+    """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
+    content = io.BytesIO()
+    write(content)
+    building = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(building, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(building, path)
+    except OSError as error:
+        stop(f"cannot write {path} ({error.strerror}); what is there was written before and is whole")
 
 
 def save_metrics(path, rows):
@@ -752,6 +777,7 @@ def read_arguments(argv):
     parser = Parser("train.py", description="Pretrain a SCOTT encoder by MIM-JEPA.")
     parser.add_argument("--dataset", choices=RECIPES, default="critters", help="(default: critters)")
     parser.add_argument("--data-dir", default="data", help="where it is, or will be (default: data)")
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--out", help="where the run's files go (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--max-steps", type=int, help="stop after so many; the schedules stay as they are")
@@ -785,6 +811,11 @@ def check_recipe(recipe):
         return Config(**{name: recipe[name] for name in Config.__dataclass_fields__})
     except ValueError as error:
         stop(error)
+
+
+def check_batch(pictures, batch_size):
+    if pictures < batch_size:
+        stop(f"{pictures} pictures do not fill a batch of {batch_size}: lower --batch-size")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -833,13 +864,14 @@ def main(argv=None):
         order = torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))
         rows = rows[order[: recipe["pictures"]]]
     batch_size = recipe["batch_size"]
-    if len(rows) < batch_size:
-        stop(f"{len(rows)} pictures do not fill a batch of {batch_size}: lower --batch-size")
+    check_batch(len(rows), batch_size)
     if batch_size % ranks:
         stop(f"batch_size is {batch_size}, it must be divisible by the number of processes ({ranks})")
-    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, out, recipe)
+    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, out, recipe, args.skip_bad_images)
+    rows = rows[sizes[rows, 0] > 0]
     if rank == 0 and ranks > 1:
         dist.barrier()
+    check_batch(len(rows), batch_size)
     loader = Loader(pixels, sizes, rows, batch_size, recipe["seed"], device, rank, ranks)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
@@ -883,6 +915,16 @@ def main(argv=None):
     )
     out.mkdir(parents=True, exist_ok=True)
 
+    # Ctrl-C, or a scheduler's SIGTERM: finish the step and save. A second one ends the program at once.
+    signals, handlers = [], {}
+
+    def remember(number, frame):
+        signals.append(number)
+        signal.signal(number, handlers[number])
+
+    if ranks == 1:
+        handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+
     worker = ThreadPoolExecutor(1)  # makes the next batch while the device trains on this one
     masks = (config.grid, config.mask_ratio, config.masking)
     upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
@@ -890,7 +932,8 @@ def main(argv=None):
     bar = tqdm(total=last_step, initial=step, unit="step", mininterval=interval, disable=rank > 0)
     started = shown = time.perf_counter()
     lap_start, lap_step, waited, first_step = started, step, 0.0, step + 1  # what speed is measured over
-    while step < last_step:
+    last = False
+    while not last:
         step += 1
         before = time.perf_counter()
         draws, _, visible = upcoming.result()
@@ -931,7 +974,8 @@ def main(argv=None):
             )
         bar.update()
 
-        if epoch_ends or step == last_step:
+        last = step == last_step or len(signals) > 0
+        if epoch_ends or last:
             numbers = torch.stack(log)  # [steps, 2]
             if ranks > 1:
                 dist.all_reduce(numbers)
@@ -972,6 +1016,11 @@ def main(argv=None):
             lap_start, lap_step, waited = time.perf_counter(), step, 0.0
     bar.close()
     worker.shutdown()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if step < last_step and signals:
+        print(f"stopped and saved at step {step:,}; go on with --resume", file=sys.stderr)
+        raise SystemExit(128 + signals[0])
     say(f"saved {checkpoint_file}. Next: python eval.py {checkpoint_file}")
 
 
