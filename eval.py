@@ -126,6 +126,7 @@ class Features:
 
 def accuracies(scores, labels):
     """(top-1, top-5, mean per class) in percent; scores [n, classes], labels [n]."""
+    scores, labels = scores.cpu(), labels.cpu()
     hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
     first, classes = hits[:, 0].double(), labels.unique()
     per_class = [first[labels == label].mean() for label in classes]
@@ -145,7 +146,7 @@ def knn(train, train_labels, test, classes, k=10, temperature=0.07):
 
 
 def linear(train, train_labels, test, classes, decay=1e-3):
-    """Logistic regression on standardised features, to convergence.  → scores [n, classes]"""
+    """Logistic regression on standardised features, 300 L-BFGS iterations at most.  → scores [n, classes]"""
     mean, std = train.mean(0), train.std(0) + 1e-6
     train, test = (train - mean) / std, (test - mean) / std
     weight = torch.zeros(classes, train.shape[1] + 1, device=train.device, requires_grad=True)
@@ -191,8 +192,9 @@ def evaluate(features, pictures, pixels, sizes, recipe, config, epochs):
     """All probes of one encoder: {probe: (top-1, top-5, mean per class)} in percent, on the test split."""
     device, classes = features.device, len(pictures.classes)
     labels = torch.tensor(pictures.labels)
-    train_rows, test_rows = torch.arange(len(labels)).tensor_split([pictures.train])
-    batch_size = min(recipe["batch_size"], len(train_rows))
+    rows = torch.arange(len(labels)).tensor_split([pictures.train])
+    train_rows, test_rows = (part[sizes[part, 0] > 0] for part in rows)
+    batch_size = min(64, len(train_rows))
     loader = Loader(pixels, sizes, train_rows, batch_size, recipe["seed"], device)
 
     def averages(rows):
@@ -254,7 +256,8 @@ def main(argv=None):
     parser = Parser("eval.py", description="Probe a frozen encoder, and the same encoder untrained.")
     parser.add_argument("checkpoint", help="what train.py saved, such as runs/pets/ckpt.pt")
     parser.add_argument("--dataset", choices=RECIPES, help="probe on this (default: what it was trained on)")
-    parser.add_argument("--data-dir", help="where the data set is (default: as in training)")
+    parser.add_argument("--data-dir", help="where it is (default: as in training; data for another data set)")
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
     parser.add_argument("--epochs", type=int, help="for the attentive probes (default: the recipe's)")
     parser.add_argument("--no-baseline", action="store_true", help="skip the untrained encoder")
@@ -262,6 +265,7 @@ def main(argv=None):
     add_device_arguments(parser)
     args = parser.parse_args(argv)
 
+    torch.set_float32_matmul_precision("high")
     device = choose_device(args.device)
     dtype, _ = choose_precision(args.precision, device)
     use_compile = device.type == "cuda" if args.compile is None else args.compile
@@ -271,10 +275,13 @@ def main(argv=None):
     except ValueError as error:
         stop(error)
     recipe, config = saved["recipe"], trained.config
-    dataset, data_dir = args.dataset or recipe["dataset"], args.data_dir or recipe["data_dir"]
-    epochs = args.epochs or recipe["probe_epochs"]
-    count = recipe["pictures"] if dataset == recipe["dataset"] else RECIPES[dataset]["pictures"]
-    pictures = list_pictures(dataset, data_dir, count)
+    dataset, same = args.dataset or recipe["dataset"], args.dataset in (None, recipe["dataset"])
+    data_dir = args.data_dir or (recipe["data_dir"] if same else "data")
+    recipe = recipe | {"skip_bad_images": args.skip_bad_images or recipe["skip_bad_images"]}
+    epochs = recipe["probe_epochs"] if args.epochs is None else args.epochs
+    if epochs < 1:
+        stop(f"epochs is {epochs}, it must be 1 or more")
+    pictures = list_pictures(dataset, data_dir, recipe["pictures"] if same else RECIPES[dataset]["pictures"])
     if len(pictures.classes) < 2 or pictures.train == len(pictures.items):
         stop(
             f"{data_dir} has no labelled train and test pictures of two classes or more; probes need "
@@ -309,7 +316,7 @@ def main(argv=None):
     write_whole(folder / "eval.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
     written = [folder / "eval.json"]
     if not args.no_pca:
-        rows = torch.arange(pictures.train, len(pictures.items))
+        rows = pictures.train + (sizes[pictures.train :, 0] > 0).nonzero().squeeze(1)
         rows = rows[torch.randperm(len(rows), generator=generator_for(recipe["seed"], 3))[:6]]
         images = crop_and_resize(pixels[rows], centre_crops(sizes[rows]), None, config.image_size).to(device)
         save_image(folder / "pca.png", pca_picture(features["trained"], images))

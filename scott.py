@@ -25,7 +25,6 @@ Letters used for sizes all along:
 """
 
 import math
-import pickle
 import random
 from dataclasses import dataclass
 
@@ -38,6 +37,12 @@ PATCH = 16  # pixels along the side of the cell that one token stands for
 # ------------------------------------------------------------------------------------------------------------
 # Config
 # ------------------------------------------------------------------------------------------------------------
+
+
+def visible_tokens(tokens, mask_ratio):
+    """How many of an image's tokens stay visible: ⌈(1 − mask_ratio) · N⌉, and at least one."""
+    # The 1e-9 keeps rounding from adding a token: in floating point 0.3 · 100 is a little more than 30 here.
+    return max(1, math.ceil((1 - mask_ratio) * tokens - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Config:
 
         for name in ("image_size", "dim", "depth", "heads", "predictor_depth"):
             value = getattr(self, name)
-            require(isinstance(value, int) and 0 < value < 2**20, name, "a whole number, 1 or more")
+            require(isinstance(value, int) and 1 <= value <= 8192, name, "a whole number from 1 to 8192")
         for name in ("dropout", "attention_dropout", "drop_path", "mask_ratio"):
             require(isinstance(getattr(self, name), (int, float)), name, "a number")
         for name in ("dropout", "attention_dropout", "drop_path"):
@@ -103,12 +108,6 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def visible_tokens(tokens, mask_ratio):
-    """How many of an image's tokens stay visible: ⌈(1 − mask_ratio) · N⌉, and at least one."""
-    # The 1e-9 keeps rounding from adding a token: in floating point 0.3 · 100 is a little more than 30 here.
-    return max(1, math.ceil((1 - mask_ratio) * tokens - 1e-9))
-
-
 def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
     """Draw a fresh mask for every image: bool [batch, grid²], True = visible, the same number in each row.
 
@@ -118,6 +117,8 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
 
     generator: a CPU torch.Generator; None uses torch's global one.
     """
+    if masking not in ("block", "random"):
+        raise ValueError(f"masking is {masking!r}, it must be 'block' or 'random'")
     count = visible_tokens(grid**2, mask_ratio)
     if masking == "random":
         order = torch.rand(batch, grid**2, generator=generator).argsort(dim=1)  # a permutation a row
@@ -290,6 +291,14 @@ def layer_norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
+def init_linear(module):
+    """The start of every Linear in the transformer: truncated normal with standard deviation 0.02, bias 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: each token gathers what it needs from all.  [B, N, D] → [B, N, D]"""
 
@@ -351,7 +360,7 @@ class Block(nn.Module):
     branch: what leaves the attention is normalised and *then* added to. That keeps the stream's scale in
     bounds through all blocks.
 
-    place: which block this is, 1 to depth. It sets the drop-path rate and the scale of the first weights.
+    place: which block this is, 1 to depth. It sets the drop-path rate and the scale of the initial weights.
     """
 
     def __init__(self, config, place, depth):
@@ -369,14 +378,6 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attention(layer_norm(x)))
         x = layer_norm(x)
         return x + self.drop_path(self.mlp(x))
-
-
-def init_linear(module):
-    """The start of every Linear in the transformer: truncated normal with standard deviation 0.02, bias 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -440,7 +441,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i + 1, depth) for i in range(depth))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.dim)
-        # These blocks follow the encoder's, so their first weights shrink once more, by their place in the
+        # These blocks follow the encoder's, so their initial weights shrink once more, by their place in the
         # whole chain.
         with torch.no_grad():
             for place, block in enumerate(self.blocks, start=config.depth + 1):
@@ -472,10 +473,11 @@ def jepa_loss(prediction, target, visible):
 
     prediction, target [B, N, D]; visible bool [B, N], with at least one hidden token an image.
     """
-    if prediction.shape != target.shape or visible.shape != prediction.shape[:2]:
+    shapes = prediction.shape == target.shape and visible.shape == prediction.shape[:2]
+    if not shapes or visible.dtype != torch.bool:
         raise ValueError(
-            f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)} and visible "
-            f"{tuple(visible.shape)} must be [B, N, D], [B, N, D] and [B, N]"
+            f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)} and visible {visible.dtype} "
+            f"{tuple(visible.shape)} must be [B, N, D], [B, N, D] and torch.bool [B, N]"
         )
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(dim=2)  # [B, N]
     return (error.masked_fill(visible, 0).sum(dim=1) / (~visible).sum(dim=1)).mean()
@@ -484,12 +486,12 @@ def jepa_loss(prediction, target, visible):
 class MIMJEPA(nn.Module):
     """Masked image modelling with a joint-embedding predictive architecture: the parts tied together.
 
-    Why doesn't it collapse? If both encoders said the same about every picture, the loss would be zero.
-    Nothing in the loss forbids it; the dynamics do. No gradient reaches the target encoder, so the two cannot
-    agree on a constant by moving towards each other. It only follows the context encoder, slowly, as a moving
-    average of its weights (EMA): a target that moves slowly is one worth predicting, and predicting it well
-    makes the next target a little better. The LayerNorm on the targets rules out the cheapest way down, which
-    is to shrink them.
+    Why doesn't it collapse? If both encoders said the same about every picture, the loss could be zero.
+    Nothing in the loss forbids that, and with bad settings it happens: train.py watches for it. In practice
+    this prevents it: no gradient reaches the target encoder, so the two cannot agree on a constant by moving
+    towards each other. It only follows the context encoder, slowly, as a moving average of its weights (EMA),
+    and to get closer to something that hardly moves one has to predict it. The LayerNorm on the targets rules
+    out the cheapest way down, which is to shrink them.
     """
 
     def __init__(self, config):
@@ -543,7 +545,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+    except Exception:  # a damaged file can lead the unpickler to any error
         raise ValueError(f"{path} is damaged, or not a checkpoint of train.py") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py")

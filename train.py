@@ -1,4 +1,4 @@
-"""Pretrain a SCOTT encoder by MIM-JEPA, on one device.
+"""Pretrain a SCOTT encoder by MIM-JEPA.
 
     python train.py                       little drawn animals: nothing to download, minutes on a CPU
     python train.py --dataset pets        the paper's recipe on Oxford-IIIT Pet (downloaded on first use)
@@ -7,9 +7,9 @@
 The file in the order of a run: recipes, pictures, the cache that decodes them once, views (crops and colours,
 in batches on the device), schedules, checkpoints, and the training loop, which is where to start reading.
 
-One idea carries reproducibility. Everything random about the input of step t (which pictures, crops, colours,
-masks) is drawn from a generator seeded with (seed, t). A batch is thus a pure function of its step: it can be
-prepared ahead in a thread, and a resumed run sees exactly what it would have seen.
+One idea carries reproducibility. Everything random about the input of step t is drawn from generators seeded
+with the run's seed and t (crops, colours, masks) or t's epoch (the order of the pictures). A batch is thus a
+pure function of its step: a thread can prepare it ahead, and a resumed run sees what it would have seen.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 try:
@@ -173,8 +174,7 @@ def distinct_colours(rng, count):
 
 
 def draw_critter(species, seed, side=64):
-    """One critter as a Pillow RGB image, side × side px; the same arguments always draw the same picture."""
-    """The same species and seed give the same picture; the same seed dresses and poses all species alike."""
+    """One critter, side × side px, RGB. The same seed dresses and poses all species alike, every time."""
     form, rng = SPECIES[species], random.Random(seed)
     background, skin, limbs, marks = distinct_colours(rng, 4)
     swing, tilt, flip = rng.uniform(-14, 14), rng.uniform(-15, 15), rng.random() < 0.5
@@ -242,10 +242,10 @@ def list_pictures(dataset, data_dir, count=0):
         parts = [(part, [species for species, _ in part]) for part in parts]
         classes = [form.name for form in SPECIES]
     elif dataset == "pets":
-        splits = [OxfordIIITPet(data_dir, split, download=True) for split in ("trainval", "test")]
+        splits = download(OxfordIIITPet, data_dir, ("trainval", "test"))
         parts, classes = [(split._images, split._labels) for split in splits], splits[0].classes
     elif dataset == "flowers":
-        splits = [Flowers102(data_dir, split, download=True) for split in ("train", "val", "test")]
+        splits = download(Flowers102, data_dir, ("train", "val", "test"))
         parts, classes = [(split._image_files, split._labels) for split in splits], splits[0].classes
     else:
         parts, classes = list_folder(data_dir)
@@ -253,10 +253,22 @@ def list_pictures(dataset, data_dir, count=0):
     return Pictures(items, labels, classes, len(items) - len(parts[-1][0]) if len(parts) > 1 else len(items))
 
 
+def download(dataset, data_dir, splits):
+    """All splits of one of torchvision's data sets, which it downloads and checks on first use."""
+    try:
+        return [dataset(data_dir, split, download=True) for split in splits]
+    except (OSError, RuntimeError) as error:  # no network, no room, or not the files that were expected
+        pets = "images.tar.gz and annotations.tar.gz, unpacked, of www.robots.ox.ac.uk/~vgg/data/pets"
+        flowers = "102flowers.tgz, imagelabels.mat, setid.mat of www.robots.ox.ac.uk/~vgg/data/flowers/102"
+        files, folder = (pets, "oxford-iiit-pet") if dataset is OxfordIIITPet else (flowers, "flowers-102")
+        stop(f"cannot get {dataset.__name__} ({error}). By hand: put {files} into {Path(data_dir) / folder}")
+
+
 def list_folder(data_dir):
     """Read train/<class>/… and val/<class>/… or test/<class>/…, or else any folder of unlabelled pictures.
 
-    Returns one (paths, labels) for each split, the test split last, and the names of the classes.
+    Returns one (paths, labels) for each split, and the names of the classes. The last split is for testing,
+    all before it are for training.
     """
     if not data_dir.is_dir():
         stop(f"there is no folder {data_dir}: name the folder of your pictures by --data-dir")
@@ -283,7 +295,7 @@ def open_picture(item, side):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow would cut off all that is brighter than 255
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        if image.has_transparency_data:
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
@@ -294,7 +306,7 @@ def open_picture(item, side):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_pixels(pictures, dataset, data_dir, out, recipe, skip_bad=False):
+def load_pixels(pictures, dataset, data_dir, out, recipe):
     """All pictures as one array, uint8 [n, 3, S, S], and their true (width, height), float [n, 2].
 
     Decoding a JPEG costs more than a GPU's training step on it, so it happens once: the array is a file in
@@ -302,7 +314,8 @@ def load_pixels(pictures, dataset, data_dir, out, recipe, skip_bad=False):
     sizes or dates have changed. Each picture is squeezed to a square. That loses no geometry: crops are drawn
     in its true proportions, and crop_and_resize, which scales the two axes separately, undoes the squeeze.
     With a side of 320 the smallest crop (a fifth of the area) still has 143 px for the model's 224, and
-    ImageNet-100 takes 40 GB. With skip_bad, files that are not pictures are left in, with size 0 × 0.
+    ImageNet-100 takes 40 GB. Files that are not pictures stop the program, or get size 0 × 0 with
+    skip_bad_images.
     """
     if dataset == "critters":  # drawn at the size they are used at, in seconds: nothing to keep
         pixels = np.empty((len(pictures.items), 3, recipe["image_size"], recipe["image_size"]), np.uint8)
@@ -321,16 +334,16 @@ def load_pixels(pictures, dataset, data_dir, out, recipe, skip_bad=False):
             for old in folder.glob(f"{dataset}-{side}-*"):  # of other pictures, or of a build that was killed
                 old.unlink()
             build_cache(target, sizes_file, pictures.items, side)
-    pixels = np.load(target, mmap_mode="c")  # copy on write: torch wants it writable, the file stays as it is
-    sizes = torch.from_numpy(np.load(sizes_file))
+        pixels = np.load(
+            target, mmap_mode="c"
+        )  # copy on write: torch wants it writable, the file stays as is
+        sizes = torch.from_numpy(np.load(sizes_file))
     bad = (sizes[:, 0] == 0).nonzero().flatten().tolist()
-    if bad and not skip_bad:
+    if bad and not recipe["skip_bad_images"]:
         others = f", nor can {len(bad) - 1} others" if len(bad) > 1 else ""
         stop(
             f"{pictures.items[bad[0]]} cannot be read as a picture{others}: mend, remove or --skip-bad-images"
         )
-    if bad:
-        print(f"left out {len(bad)} files that cannot be read as pictures")
     return torch.from_numpy(pixels), sizes
 
 
@@ -361,7 +374,9 @@ def fill(pixels, items, what):
     def decode(i):
         try:
             image = open_picture(items[i], side)
-        except Exception:  # a damaged file can lead Pillow to any error
+        except Exception as error:  # a damaged file can lead Pillow to any error
+            if isinstance(error, OSError) and error.errno:  # but this is the system's: the file may be whole
+                stop(f"cannot read {items[i]} ({error.strerror})")
             return 0, 0
         pixels[i] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         return image.size
@@ -464,8 +479,8 @@ def crop_and_resize(pixels, crops, flip, out):
 
 def luminance(images):
     """[B, 3, H, W] → [B, 1, H, W]"""
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device)
-    return (images * weights.view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def brightness(images, factor):
@@ -488,7 +503,7 @@ def hue(images, shift):
     turn = torch.where(value == red, green - blue, torch.where(value == green, blue - red, red - green))
     turn = turn / chroma.clamp(min=1e-12) + torch.where(value == red, 0, torch.where(value == green, 2, 4))
     turn = turn + 6 * shift  # the hue, in sixths of a turn
-    k = (turn + torch.tensor([5, 3, 1], device=images.device).view(3, 1, 1)) % 6  # [B, 3, H, W]
+    k = torch.cat([turn + 5, turn + 3, turn + 1], dim=1) % 6  # [B, 3, H, W]
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -529,8 +544,7 @@ def apply_colours(images, order, active, factor):
 
 def normalise(images):
     """Subtract the mean and divide by the deviation of ImageNet's colours."""
-    mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (MEAN, STD))
-    return (images - mean) / std
+    return torch.cat([(c - mean) / std for c, mean, std in zip(images.split(1, dim=1), MEAN, STD)], dim=1)
 
 
 class Loader:
@@ -554,14 +568,15 @@ class Loader:
         order = torch.randperm(len(self.rows), generator=generator_for(self.seed, 0, epoch))
         return self.rows[order[i * self.batch_size : (i + 1) * self.batch_size]]
 
+    def to_device(self, tensor):
+        """A copy on the device, for which the CPU does not wait: that takes pinned memory."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def read(self, rows):
         """The pictures' pixels on the device, uint8 [B, 3, S, S]."""
-        pixels = self.pixels[rows.to(self.pixels.device)]
-        if pixels.device != self.device:
-            if self.device.type == "cuda":
-                pixels = pixels.pin_memory()  # lets the copy run while the device computes
-            pixels = pixels.to(self.device, non_blocking=True)
-        return pixels
+        return self.to_device(self.pixels[self.to_device(rows) if self.pixels.is_cuda else rows])
 
     def batch(self, step, views, masks=None):
         """Everything that step needs, drawn and read: a tuple for make_views, the rows, and the masks.
@@ -576,8 +591,8 @@ class Loader:
 
         rows, crops, flip = rows[self.share], crops[self.share], flip[self.share]
         colours = [drawn.view(views, -1, 6)[:, self.share].flatten(0, 1) for drawn in colours]
-        visible = visible[self.share].to(self.device) if masks else None
-        return (self.read(rows), crops.to(self.device), flip.to(self.device), colours), rows, visible
+        visible = self.to_device(visible[self.share]) if masks else None
+        return (self.read(rows), self.to_device(crops), self.to_device(flip), colours), rows, visible
 
 
 def make_views(pixels, crops, flip, colours, image_size):
@@ -615,7 +630,7 @@ def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, e
 
 
 def training_flops(config):
-    """Floating-point operations to train on one image, multiply and add counted as two: 51.3e9 in the paper.
+    """Floating-point operations to train on one image, a multiply and an add being two: 51.3e9 by default.
 
     The target encoder runs forward only. Context encoder and predictor run forward and backward, which costs
     twice as much again: one product for the gradient of the weights, one for that of the input. The image
@@ -688,7 +703,7 @@ COLUMNS = (
 
 def write_whole(path, write):
     """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
-    content = io.BytesIO()
+    content = io.BytesIO()  # so that only the disk can fail below
     write(content)
     building = path.with_name(f"{path.name}.tmp")
     try:
@@ -698,7 +713,8 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(building, path)
     except OSError as error:
-        stop(f"cannot write {path} ({error.strerror}); what is there was written before and is whole")
+        building.unlink(missing_ok=True)
+        stop(f"cannot write {path} ({error.strerror}); what was saved before is whole")
 
 
 def save_metrics(path, rows):
@@ -776,7 +792,7 @@ def read_arguments(argv):
     """Parse the command line: (all that is not part of the recipe, the recipe's entries that were given)."""
     parser = Parser("train.py", description="Pretrain a SCOTT encoder by MIM-JEPA.")
     parser.add_argument("--dataset", choices=RECIPES, default="critters", help="(default: critters)")
-    parser.add_argument("--data-dir", default="data", help="where it is, or will be (default: data)")
+    parser.add_argument("--data-dir", help="where it is, or will be (default: data)")
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--out", help="where the run's files go (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -818,6 +834,19 @@ def check_batch(pictures, batch_size):
         stop(f"{pictures} pictures do not fill a batch of {batch_size}: lower --batch-size")
 
 
+def asked_to_stop():
+    """A list that will hold the number of the first Ctrl-C or SIGTERM. A second one ends the program."""
+    numbers = []
+
+    def remember(number, frame):
+        numbers.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return numbers
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------
@@ -829,7 +858,10 @@ def main(argv=None):
     # Under torchrun `ranks` processes share each batch and average their gradients; rank 0 prints and writes.
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may have much to decode
         atexit.register(dist.destroy_process_group)
     dtype, scale_gradients = choose_precision(args.precision, device)
     out = Path(args.out or f"runs/{args.dataset}")
@@ -851,14 +883,18 @@ def main(argv=None):
         for name, value in (given | {"dataset": args.dataset}).items():
             if value != recipe[name]:
                 stop(f"the run in {out} has {name} {recipe[name]}, not {value}: name another folder by --out")
-    recipe = recipe | {"dataset": args.dataset, "data_dir": args.data_dir}
+    recipe = recipe | {
+        "dataset": args.dataset,
+        "data_dir": args.data_dir or (saved["recipe"]["data_dir"] if saved else "data"),
+        "skip_bad_images": args.skip_bad_images or bool(saved and saved["recipe"]["skip_bad_images"]),
+    }
     config = check_recipe(recipe)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 
     # The pictures. Rank 0 downloads them while the others wait.
     if rank > 0:
         dist.barrier()
-    pictures = list_pictures(args.dataset, args.data_dir, recipe["pictures"])
+    pictures = list_pictures(args.dataset, recipe["data_dir"], recipe["pictures"])
     rows = torch.arange(pictures.train if recipe["pretrain_split"] == "train" else len(pictures.items))
     if 0 < recipe["pictures"] < len(rows):
         order = torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))
@@ -867,8 +903,8 @@ def main(argv=None):
     check_batch(len(rows), batch_size)
     if batch_size % ranks:
         stop(f"batch_size is {batch_size}, it must be divisible by the number of processes ({ranks})")
-    pixels, sizes = load_pixels(pictures, args.dataset, args.data_dir, out, recipe, args.skip_bad_images)
-    rows = rows[sizes[rows, 0] > 0]
+    pixels, sizes = load_pixels(pictures, args.dataset, recipe["data_dir"], out, recipe)
+    found, rows = len(rows), rows[sizes[rows, 0] > 0]
     if rank == 0 and ranks > 1:
         dist.barrier()
     check_batch(len(rows), batch_size)
@@ -886,45 +922,41 @@ def main(argv=None):
     history = []  # a row of metrics.csv for each whole epoch
     log = []  # (loss, target_std) of each step of the epoch under way, as tensors on the device
     if saved:
+        if saved["found"] != found:
+            stop(f"the run in {out} had {saved['found']:,} pictures, {recipe['data_dir']} now has {found:,}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
         set_random_state(saved["random"], device)  # dropout goes on where it was
         step, seconds, history = saved["step"], saved["seconds"], saved["history"]
         log = list(saved["log"].to(device))
-    forward = model
+    use_compile = device.type == "cuda" if args.compile is None else args.compile
+    forward = torch.compile(model, fullgraph=True) if use_compile else model
     if ranks > 1:
         torch.manual_seed(
             generator_for(recipe["seed"], 3, step, rank).initial_seed()
         )  # dropout: each its own
-        forward = DistributedDataParallel(model)
-    use_compile = device.type == "cuda" if args.compile is None else args.compile
-    if use_compile:
-        forward = torch.compile(forward, fullgraph=True)
+        forward = DistributedDataParallel(forward)
 
-    if step >= last_step:
-        stop(f"the run in {out} is at step {step:,} of {last_step:,} already")
     say = print if rank == 0 else lambda *_: None
+    if step >= last_step:
+        say(f"{checkpoint_file} is at step {step:,} of {last_step:,}. Next: python eval.py {checkpoint_file}")
+        return
+    if args.resume and not saved:
+        say(f"there is no {checkpoint_file} yet: starting from the beginning")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bad = f"; left out {found - len(rows)} bad files" if found > len(rows) else ""
     say(f"{args.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {batch_size}, "
           f"{parameters / 1e6:.1f} M parameters; {device}, {dtype or torch.float32}"
-          f"{', compiled' if use_compile else ''}")  # fmt: skip
+          f"{', compiled' if use_compile else ''}{bad}")  # fmt: skip
     say(
         "The loss falls, rises and falls again, because the target gets harder to predict as it learns. "
         "Watch target_std: 1 is healthy, near 0 the encoder has collapsed."
     )
     out.mkdir(parents=True, exist_ok=True)
 
-    # Ctrl-C, or a scheduler's SIGTERM: finish the step and save. A second one ends the program at once.
-    signals, handlers = [], {}
-
-    def remember(number, frame):
-        signals.append(number)
-        signal.signal(number, handlers[number])
-
-    if ranks == 1:
-        handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-
+    signals = asked_to_stop() if ranks == 1 else []
     worker = ThreadPoolExecutor(1)  # makes the next batch while the device trains on this one
     masks = (config.grid, config.mask_ratio, config.masking)
     upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
@@ -970,7 +1002,8 @@ def main(argv=None):
             speed = batch_size * (step - lap_step) / (now - lap_start)
             bar.set_postfix_str(
                 f"loss {loss:.4f}, lr {lr:.1e}, target_std {deviation:.2f}, {speed:.0f} images/s, wait "
-                f"{waited / (now - lap_start):.0%}, {speed * training_flops(config) / 1e12:.3g} TFLOP/s"
+                f"{waited / (now - lap_start):.0%}, {speed * training_flops(config) / 1e12:.3g} TFLOP/s",
+                refresh=False,
             )
         bar.update()
 
@@ -985,8 +1018,8 @@ def main(argv=None):
             if not numbers.isfinite().all():
                 bad = step - len(log) + 1 + (~numbers.isfinite()).any(1).int().argmax().item()
                 stop(
-                    f"the loss is not finite at step {bad:,}; {checkpoint_file} is from before that. Try a "
-                    "lower --lr, or --precision fp32"
+                    f"the loss is not finite at step {bad:,}; nothing was saved since. Try a lower --lr, or "
+                    "--precision fp32"
                 )
             loss, deviation = numbers.mean(0).tolist()
             row = dict(
@@ -995,7 +1028,7 @@ def main(argv=None):
                 images_per_s=speed, seconds=seconds + now - started, wait=waited / (now - lap_start),
                 tflops=speed * training_flops(config) / 1e12, memory_gb=peak_memory_gb(device),
             )  # fmt: skip
-            if deviation < 0.1:
+            if deviation < 0.1 and rank == 0:
                 bar.write(
                     f"warning: target_std is {deviation:.3f}, the encoder is collapsing: all tokens "
                     "look alike to it. Try a --momentum nearer to 1, or a lower --lr."
@@ -1006,9 +1039,10 @@ def main(argv=None):
                 history.append(row)
                 log = []
             state = dict(
-                format=FORMAT, config=asdict(config), recipe=recipe, step=step, model=model.state_dict(),
+                format=FORMAT, config=asdict(config), recipe=recipe, found=found, step=step,
+                model=model.state_dict(),
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), random=random_state(device),
-                history=history, log=numbers[:len(log)], seconds=row["seconds"],
+                history=history, log=numbers[:0] if epoch_ends else numbers, seconds=row["seconds"],
             )  # fmt: skip
             if rank == 0:
                 write_whole(checkpoint_file, lambda file: torch.save(state, file))
@@ -1016,10 +1050,8 @@ def main(argv=None):
             lap_start, lap_step, waited = time.perf_counter(), step, 0.0
     bar.close()
     worker.shutdown()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if step < last_step and signals:
-        print(f"stopped and saved at step {step:,}; go on with --resume", file=sys.stderr)
+    if signals and step < last_step:
+        tqdm.write(f"stopped and saved at step {step:,}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + signals[0])
     say(f"saved {checkpoint_file}. Next: python eval.py {checkpoint_file}")
 
