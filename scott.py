@@ -71,7 +71,8 @@ class Config:
 
         for name in ("image_size", "dim", "depth", "heads", "predictor_depth"):
             value = getattr(self, name)
-            require(isinstance(value, int) and 1 <= value <= 8192, name, "a whole number from 1 to 8192")
+            most = 8192 if name in ("image_size", "dim") else 1024  # nobody means more than this
+            require(isinstance(value, int) and 1 <= value <= most, name, f"a whole number from 1 to {most}")
         for name in ("dropout", "attention_dropout", "drop_path", "mask_ratio"):
             require(isinstance(getattr(self, name), (int, float)), name, "a number")
         for name in ("dropout", "attention_dropout", "drop_path"):
@@ -549,6 +550,15 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is damaged, or not a checkpoint of train.py") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of train.py")
+    try:
+        with torch.device("meta"):  # the shapes without the memory
+            expected = MIMJEPA(Config(**checkpoint["config"])).state_dict()
+        found = checkpoint["model"]
+        for name in expected.keys() | found.keys():
+            if name not in expected or name not in found or found[name].shape != expected[name].shape:
+                raise ValueError(f"tensor {name} is missing, unknown or of the wrong shape")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold the model it says it holds ({error})") from None
     return checkpoint
 
 

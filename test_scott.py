@@ -414,6 +414,11 @@ def test_the_cost_of_training_is_what_torch_counts(config):
     assert train.training_flops(Config()) == pytest.approx(51.3e9, rel=0.01)
 
 
+def test_training_with_every_kind_of_dropout_compiles_to_one_graph():
+    model = MIMJEPA(replace(SMALL, drop_path=0.5)).train()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(*batch()).backward()
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_forward_and_backward_compile_to_one_graph(dtype):
     """fullgraph=True raises on any graph break; the gradients are those of the plain model."""
@@ -745,6 +750,49 @@ def test_resume_goes_on_bit_for_bit_from_an_epochs_end_and_from_within_one():
     assert not same_state("whole/ckpt.pt", "other/ckpt.pt")
 
 
+def test_a_step_of_training_is_the_papers():
+    """Three steps of train.py against the same written out: loss, AdamW on two groups, schedules, EMA."""
+    flags = "--dropout 0 --drop-path 0 --attention-dropout 0 --max-steps 3".split()
+    train.main([*CRITTERS, *flags, "--out", "run"])
+    saved = load_checkpoint("run/ckpt.pt")
+    pictures = train.list_pictures("critters", "data", 40)
+    pixels, sizes = train.load_pixels(pictures, "critters", "data", "run", saved["recipe"])
+    loader = train.Loader(pixels, sizes, torch.arange(40), 8, 47, torch.device("cpu"))
+    torch.manual_seed(47)
+    model = MIMJEPA(Config(**saved["config"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first, second = ([torch.zeros_like(p) for p in trained] for _ in range(2))
+    for t in (1, 2, 3):
+        draws, _, visible = loader.batch(t, 2, (2, 0.6, "block"))
+        model(*train.make_views(*draws, 32).chunk(2), visible).backward()
+        lr, decay, momentum = train.schedules(
+            t, 15, 2, peak_lr=1e-3, start_momentum=saved["recipe"]["momentum"]
+        )
+        for p, m, v in zip(trained, first, second):
+            m.mul_(0.9).add_(0.1 * p.grad)
+            v.mul_(0.999).add_(0.001 * p.grad**2)
+            p.data *= 1 - lr * decay * (p.ndim > 1)
+            p.data -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+            p.grad = None
+        for target, context in zip(model.target_encoder.parameters(), model.context_encoder.parameters()):
+            target.data = momentum * target.data + (1 - momentum) * context.data
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, saved["model"][name], atol=1e-6), name
+
+
+def test_the_collapse_watch_sees_a_collapse(capsys, monkeypatch):
+    """Tokens that tell only their place, the same for every image, count as collapsed."""
+    healthy = layer_norm(torch.randn(64, 4, 256))
+    assert train.target_deviation(healthy) == pytest.approx(1, abs=0.05)
+    assert train.target_deviation(healthy[:1].expand(64, 4, 256)) < 1e-6
+    tokenize = scott.Tokenizer.forward
+    monkeypatch.setattr(
+        scott.Tokenizer, "forward", lambda self, images, visible=None: 0 * tokenize(self, images)
+    )
+    train.main([*CRITTERS, "--max-steps", "5"])
+    assert "collapsing" in capsys.readouterr().out + capsys.readouterr().err
+
+
 def test_two_processes_train_what_one_trains():
     """Same seed and global batch, no dropout: the same weights to rounding, also if one resumes two."""
     program, flags = (
@@ -847,7 +895,8 @@ def test_the_papers_recipe_is_the_default_for_the_papers_data():
         assert (recipe["momentum"], recipe["pretrain_split"], recipe["probe_epochs"]) == (0.996, "all", 100)
 
 
-def test_the_cache_keeps_proportions_and_notices_changes():
+def test_the_cache_keeps_proportions_and_notices_changes(monkeypatch):
+    recipe = {"cache_side": 48, "skip_bad_images": False}
     save_picture(Path("photos/a.png"), 1, size=(80, 40))
     save_picture(Path("photos/b.png"), 2, size=(30, 90))
     pictures = train.list_pictures("folder", "photos")
@@ -864,8 +913,19 @@ def test_the_cache_keeps_proportions_and_notices_changes():
         TF.center_crop(TF.resize(picture, [36], T.InterpolationMode.BICUBIC), [32, 32]), [32, 32]
     )
     assert (crop - their / 255).abs().mean() < 0.02
-    # a changed picture, or a killed build, is noticed; nothing old is left lying about
-    Path("photos/cache/folder-48-0123456789abcdef.tmp").write_bytes(b"half")
+    # what is there is used, by whatever path
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fill", None)
+        again = train.list_pictures("folder", Path("photos").absolute())
+        train.load_pixels(again, "folder", Path("photos").absolute(), "out", recipe)
+    # a build that breaks off leaves nothing that could be taken for whole
+    save_picture(Path("photos/b.png"), 3, size=(30, 70))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fill", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.load_pixels(pictures, "folder", "photos", "out", recipe)
+    assert not list(Path("photos/cache").glob("*.npy"))
+    # a changed picture is noticed, and nothing old is left lying about
     save_picture(Path("photos/b.png"), 3, size=(30, 60))
     sizes = train.load_pixels(
         pictures, "folder", "photos", "out", {"cache_side": 48, "skip_bad_images": False}
@@ -936,6 +996,25 @@ def test_the_linear_probe_separates_what_is_separable():
     features = torch.randn(90, 5) + 6 * torch.eye(5)[labels]
     scores = probing.linear(features[:60], labels[:60], features[60:], classes=3)
     assert (scores.argmax(1) == labels[60:]).all()
+
+
+def test_the_encoders_that_are_compared_are_the_trained_and_the_one_of_step_0(monkeypatch):
+    train.main([*CRITTERS, "--max-steps", "5"])
+    saved, seen = load_checkpoint("runs/critters/ckpt.pt"), []
+    figures = {"k-NN": (0, 0, 0)}
+    monkeypatch.setattr(probing, "evaluate", lambda features, *_: seen.append(features.encoder) or figures)
+    for which in ("context", "target"):
+        probing.main(["runs/critters/ckpt.pt", "--encoder", which, "--no-pca"])
+    torch.manual_seed(47)
+    fresh = MIMJEPA(Config(**saved["config"])).context_encoder.state_dict()
+    for encoder, which in zip(seen, ("context_encoder.", None, "target_encoder.", None)):
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(value, saved["model"][which + name] if which else fresh[name])
+
+
+@pytest.mark.parametrize("name, count", [("simple", 14_630), ("multi-head", 313_001), ("cross", 1_786_405)])
+def test_probes_have_the_papers_layers(name, count):
+    assert trainable(probing.PROBES[name](384, 37)) == count
 
 
 def small_evaluation(pictures):
@@ -1084,6 +1163,43 @@ def test_pictures_of_every_kind_load_as_a_viewer_shows_them(mode):
         expected.save("picture.tiff" if mode == "CMYK" else "picture.png")
     path = next(Path(".").glob("picture.*"))
     assert np.array_equal(np.asarray(train.open_picture(path, 64)), np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda c: c.pop("format"), "this version"),
+    (lambda c: c.update(format="scott-mim-jepa 0"), "this version"),
+    (lambda c: c["config"].update(dim=30), "dim is 30"),
+    (lambda c: c["config"].update(colour="red"), "colour"),
+    (lambda c: c.pop("config"), "config"), (lambda c: c.pop("model"), "model"),
+    (lambda c: c["model"].pop("predictor.head.bias"), "predictor.head.bias"),
+    (lambda c: c["model"].update(extra=torch.zeros(1)), "extra"),
+    (lambda c: c["model"].update({"predictor.head.bias": torch.zeros(3)}), "predictor.head.bias"),
+])  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_is_refused(capsys, damage, says):
+    train.main([*CRITTERS, "--max-steps", "1"])
+    checkpoint = load_checkpoint("runs/critters/ckpt.pt")
+    damage(checkpoint)
+    torch.save(checkpoint, "runs/critters/ckpt.pt")
+    assert says in refused(capsys, probing, "runs/critters/ckpt.pt")
+    assert says in refused(capsys, train, *CRITTERS, "--resume")
+
+
+def test_damaged_checkpoints_never_end_in_a_traceback(capsys):
+    """Cut short anywhere, or with bytes changed: refused in one line, or read as if nothing had happened."""
+    train.main([*CRITTERS, "--max-steps", "1"])
+    whole, rng = Path("runs/critters/ckpt.pt").read_bytes(), np.random.default_rng(0)
+    for trial in range(60):
+        damaged = bytearray(whole)
+        if trial % 2:
+            damaged = damaged[: rng.integers(len(whole))]
+        else:
+            for place in rng.integers(len(whole), size=20):
+                damaged[place] = rng.integers(256)
+        Path("damaged.pt").write_bytes(damaged)
+        try:
+            load_checkpoint("damaged.pt")
+        except ValueError as error:
+            assert "damaged.pt" in str(error) and "\n" not in str(error)
 
 
 class Exploit:

@@ -748,8 +748,12 @@ def set_random_state(state, device):
 
 
 def target_deviation(target):
-    """The collapse watch: each channel's standard deviation over all tokens, averaged.  [B, N, D] → scalar"""
-    return target.float().flatten(0, 1).std(dim=0).mean()
+    """The collapse watch: how much a channel varies from image to image, mean over channels and places.
+
+    [B, N, D] normalised target tokens → scalar. Near 1 all images are told apart; at 0 the encoder says the
+    same about every image, even if it still tells one place from another.
+    """
+    return target.float().std(dim=0).mean()
 
 
 def save_views(path, context_images, target_images, visible, count=6):
