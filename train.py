@@ -62,7 +62,7 @@ RECIPES = {
     # average starts near 1: a target that moves faster forgets what is not yet predicted.
     "critters": PAPER
     | dict(
-        pictures=4000, epochs=20, batch_size=16, lr=7e-4, momentum=0.9995, probe_epochs=8,
+        pictures=4000, epochs=16, batch_size=16, lr=7e-4, momentum=0.9995, probe_epochs=8,
         image_size=64, dim=128, depth=4, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
     ),
     "pets": PAPER,
@@ -337,9 +337,7 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
             for old in folder.glob(f"{dataset}-{side}-*"):  # of other pictures, or of a build that was killed
                 old.unlink()
             build_cache(target, sizes_file, pictures.items, side)
-        pixels = np.load(
-            target, mmap_mode="c"
-        )  # copy on write: torch wants it writable, the file stays as is
+        pixels = np.load(target, mmap_mode="c")  # copy on write: writable for torch, the file stays as it is
         sizes = torch.from_numpy(np.load(sizes_file))
     bad = (sizes[:, 0] == 0).nonzero().flatten().tolist()
     if bad and not recipe["skip_bad_images"]:
