@@ -760,14 +760,13 @@ def test_a_step_of_training_is_the_papers():
     loader = train.Loader(pixels, sizes, torch.arange(40), 8, 47, torch.device("cpu"))
     torch.manual_seed(47)
     model = MIMJEPA(Config(**saved["config"]))
+    peaks = dict(peak_lr=saved["recipe"]["lr"], start_momentum=saved["recipe"]["momentum"])
     trained = [p for p in model.parameters() if p.requires_grad]
     first, second = ([torch.zeros_like(p) for p in trained] for _ in range(2))
     for t in (1, 2, 3):
         draws, _, visible = loader.batch(t, 2, (2, 0.6, "block"))
         model(*train.make_views(*draws, 32).chunk(2), visible).backward()
-        lr, decay, momentum = train.schedules(
-            t, 15, 2, peak_lr=1e-3, start_momentum=saved["recipe"]["momentum"]
-        )
+        lr, decay, momentum = train.schedules(t, 15, 2, **peaks)
         for p, m, v in zip(trained, first, second):
             m.mul_(0.9).add_(0.1 * p.grad)
             v.mul_(0.999).add_(0.001 * p.grad**2)
