@@ -133,7 +133,7 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
 def block_mask(grid, count, rng):
     """One mask with exactly `count` visible cells, a union of rectangles, as a whole number of grid² bits.
 
-    Setting and counting bits is cheaper than cells of an array, and a GPU asks for thousands of masks a second.
+    Setting and counting bits is cheaper than array cells, and a GPU needs thousands of masks a second.
     """
     column = [sum(1 << grid * row for row in range(height)) for height in range(grid)]  # one cell wide
     visible, missing = 0, count
