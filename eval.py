@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from scott import MIMJEPA, SwiGLU, init_linear, layer_norm, load_checkpoint, load_encoder
+from scott import MIMJEPA, SwiGLU, init_linear, layer_norm, load_encoder
 from train import (
     RECIPES, Loader, Parser, add_device_arguments, centre_crops, choose_device, choose_precision,
-    crop_and_resize, generator_for, list_pictures, load_pixels, make_optimizer, make_views, normalise,
-    save_image, schedules, set_schedule, stop, write_whole,
+    crop_and_resize, generator_for, list_pictures, load_pixels, load_run, make_optimizer, make_views, normalise,
+    run, save_image, schedules, set_schedule, stop, write_whole,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,11 +269,8 @@ def main(argv=None):
     device = choose_device(args.device)
     dtype, _ = choose_precision(args.precision, device)
     use_compile = device.type == "cuda" if args.compile is None else args.compile
-    try:
-        saved = load_checkpoint(args.checkpoint)
-        trained = load_encoder(args.checkpoint, args.encoder)
-    except ValueError as error:
-        stop(error)
+    saved = load_run(args.checkpoint)
+    trained = load_encoder(args.checkpoint, args.encoder)
     recipe, config = saved["recipe"], trained.config
     dataset, same = args.dataset or recipe["dataset"], args.dataset in (None, recipe["dataset"])
     data_dir = args.data_dir or (recipe["data_dir"] if same else "data")
@@ -325,4 +322,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,6 +27,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 try:
@@ -320,7 +321,10 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
     skip_bad_images.
     """
     if dataset == "critters":  # drawn at the size they are used at, in seconds: nothing to keep
-        pixels = np.empty((len(pictures.items), 3, recipe["image_size"], recipe["image_size"]), np.uint8)
+        shape = len(pictures.items), 3, recipe["image_size"], recipe["image_size"]
+        if math.prod(shape) > memory(torch.device("cpu")):
+            stop(f"{shape[0]:,} critters of {shape[2]} px do not fit into memory: lower --pictures")
+        pixels = np.empty(shape, np.uint8)
         return torch.from_numpy(pixels), fill(pixels, pictures.items, "drawing critters")
     side = recipe["cache_side"]
     folder = Path(data_dir if os.access(data_dir, os.W_OK) else out) / "cache"
@@ -722,6 +726,13 @@ def save_metrics(path, rows):
     write_whole(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
+def memory(device):
+    """All the memory the device has, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
 def peak_memory_gb(device):
     """The most memory this run has used so far: the GPU's, or the process's on a CPU."""
     if device.type == "cuda":
@@ -741,10 +752,17 @@ def random_state(device):
     return state
 
 
-def set_random_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def copied(value):
+    """The same dicts and lists with their tensors copied to the CPU, while the originals train on."""
+    if isinstance(value, dict):
+        return {name: copied(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def save_checkpoint(path, state):
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def target_deviation(target):
@@ -814,15 +832,13 @@ def read_arguments(argv):
 
 def check_recipe(recipe):
     """Stop at the first entry that cannot work; returns the model's Config."""
-    positive = [
-        (name, recipe[name] >= 1, "1 or more")
-        for name in ("epochs", "batch_size", "probe_epochs", "cache_side")
-    ]
+    positive = [(name, recipe[name] >= 1, "1 or more") for name in ("epochs", "batch_size", "probe_epochs")]
     for name, holds, must_be in positive + [
+        ("cache_side", 16 <= recipe["cache_side"] <= 8192, "from 16 to 8192"),
         ("lr", 0 < recipe["lr"] < math.inf, "more than 0"),
         ("momentum", 0 <= recipe["momentum"] <= 1, "from 0 to 1"),
         ("seed", 0 <= recipe["seed"] < 2**63, "0 or more"),
-        ("pictures", recipe["pictures"] >= 0, "0 (all) or more"),
+        ("pictures", 0 <= recipe["pictures"] <= 10**7, "0 (all) or up to ten million"),
         ("pretrain_split", recipe["pretrain_split"] in ("all", "train"), "'all' or 'train'"),
     ]:
         if not holds:
@@ -833,16 +849,80 @@ def check_recipe(recipe):
         stop(error)
 
 
+def check_writable(folder):
+    """Stop unless `folder` can be written to, or made: told before hours of work, not after."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        fine = there.is_dir() and os.access(there, os.W_OK)
+    except (OSError, ValueError):  # a name too long, or with characters that no name can have
+        fine = False
+    if not fine:
+        stop(f"cannot write to {folder}: name another folder by --out")
+
+
+def check_memory(config, recipe, device, ranks):
+    """Stop a run that is sure not to fit, before it brings the machine to a halt.
+
+    A lower bound: a weight, its gradient and AdamW's two moments; the target's weights; of each token in each
+    block, what the gradient needs to be there still: some 12 numbers a channel, in 16 bits at least.
+    """
+    D = config.dim
+    block = 4 * D * D + 3 * D * swiglu_width(D)
+    blocks = config.depth + config.predictor_depth
+    tokens = recipe["batch_size"] // ranks * config.tokens
+    need = 16 * block * blocks + 4 * block * config.depth + 2 * 12 * D * tokens * blocks
+    room = memory(device)
+    if need > room:
+        stop(
+            f"this run needs {need / 1e9:,.0f} GB of memory or more, {device} has {room / 1e9:.0f}: lower "
+            "--batch-size, --image-size, --dim or --depth"
+        )
+
+
+def load_run(path):
+    """A checkpoint of train.py; stop unless it is one, with a recipe that has all its entries."""
+    try:
+        saved = load_checkpoint(path)
+    except ValueError as error:
+        stop(error)
+
+    def kinds(recipe):
+        return {name: type(value) for name, value in recipe.items()}
+
+    recipe, known = (
+        saved.get("recipe"),
+        PAPER | {"dataset": "pets", "data_dir": "data", "skip_bad_images": False},
+    )
+    if not isinstance(recipe, dict) or kinds(recipe) != kinds(known) or recipe["dataset"] not in RECIPES:
+        stop(f"{path} holds no recipe of this version of train.py")
+    check_recipe(recipe)
+    return saved
+
+
+def join_processes(device, batch_size):
+    """(this process's number, how many there are): (0, 1) unless torchrun started several."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % ranks:
+        stop(f"batch_size is {batch_size}, it must be divisible by the number of processes ({ranks})")
+    if ranks > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may have much to decode
+        atexit.register(dist.destroy_process_group)
+    return rank, ranks
+
+
 def open_run(args, given, checkpoint_file):
     """The recipe of a new run, and None; or the recipe and the checkpoint of the run that is to go on."""
+    if args.max_steps is not None and args.max_steps < 1:
+        stop(f"max_steps is {args.max_steps}, it must be 1 or more")
     saved, recipe = None, RECIPES[args.dataset] | {"data_dir": "data", "skip_bad_images": False} | given
+    check_writable(checkpoint_file.parent)
     if checkpoint_file.exists():
         if not args.resume:
             stop(f"{checkpoint_file} is there already: go on with --resume, or name another folder by --out")
-        try:
-            saved = load_checkpoint(checkpoint_file)
-        except ValueError as error:
-            stop(error)
+        saved = load_run(checkpoint_file)
         recipe = saved["recipe"]
         for name, value in (given | {"dataset": args.dataset}).items():
             if value != recipe[name]:
@@ -880,67 +960,136 @@ def asked_to_stop():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args, given = read_arguments(argv)
-    device = choose_device(args.device)
-    # Under torchrun `ranks` processes share each batch and average their gradients; rank 0 prints and writes.
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may have much to decode
-        atexit.register(dist.destroy_process_group)
-    dtype, scale_gradients = choose_precision(args.precision, device)
-    out = Path(args.out or f"runs/{args.dataset}")
-    if args.max_steps is not None and args.max_steps < 1:
-        stop(f"max_steps is {args.max_steps}, it must be 1 or more")
-    checkpoint_file = out / "ckpt.pt"
+class Journal:
+    """What a run says about itself: on the bar while it goes, and in a row of metrics.csv an epoch.
 
-    recipe, saved = open_run(args, given, checkpoint_file)
-    config = check_recipe(recipe)
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    Reading a number waits for the device. So what each step reports stays there until somebody looks.
+    """
 
-    # The pictures. Rank 0 downloads them while the others wait.
+    def __init__(self, config, loader, ranks, saved=None):
+        self.loader, self.ranks, self.flops = loader, ranks, training_flops(config)
+        self.history = saved["history"] if saved else []  # a row for each whole epoch
+        self.log = list(saved["log"].to(loader.device)) if saved else []  # the steps of the epoch under way
+        self.started = time.perf_counter() - (saved["seconds"] if saved else 0)
+        self.shown = 0.0
+
+    def lap(self, step):
+        """Measure speed from here on: after the first step, which compiles, and from epoch to epoch."""
+        self.lap_start, self.lap_step, self.waited = time.perf_counter(), step, 0.0
+
+    def speed(self, step):
+        """(images/s, TFLOP/s, share of the time that was spent waiting for pictures) since the last lap."""
+        elapsed = time.perf_counter() - self.lap_start
+        speed = self.loader.batch_size * (step - self.lap_step) / elapsed
+        return speed, speed * self.flops / 1e12, self.waited / elapsed
+
+    def show(self, bar, step, lr):
+        """Once a second, put the latest numbers on the bar."""
+        if time.perf_counter() - self.shown > 1:
+            loss, deviation = self.log[-1].tolist()
+            speed, tflops, wait = self.speed(step)
+            bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {lr:.1e}, target_std {deviation:.2f}, {speed:.0f} images/s, "
+                f"wait {wait:.0%}, {tflops:.3g} TFLOP/s",
+                refresh=False,
+            )
+            self.shown = time.perf_counter()
+        bar.update()
+
+    def numbers(self, step):
+        """(loss, target_std) of each step of this epoch so far, [steps, 2]; stop if one is not finite."""
+        numbers = torch.stack(self.log)
+        if self.ranks > 1:
+            dist.all_reduce(numbers)
+        numbers = numbers.cpu() / self.ranks
+        if not numbers.isfinite().all():
+            bad = step - len(numbers) + 1 + (~numbers.isfinite()).any(1).int().argmax().item()
+            stop(
+                f"the loss is not finite at step {bad:,}; nothing was saved since the last epoch. "
+                "Try a lower --lr, or --precision fp32"
+            )
+        return numbers
+
+    def row(self, step, numbers, lr, weight_decay, momentum):
+        """One row of metrics.csv. What comes after, saving for one, counts for the next lap."""
+        loss, deviation = numbers.mean(0).tolist()
+        speed, tflops, wait = self.speed(step)
+        self.lap(step)
+        return dict(
+            epoch=step / self.loader.steps_per_epoch, step=step, loss=loss, learning_rate=lr,
+            weight_decay=weight_decay, momentum=momentum, target_std=deviation, images_per_s=speed,
+            seconds=time.perf_counter() - self.started, wait=wait, tflops=tflops,
+            memory_gb=peak_memory_gb(self.loader.device),
+        )  # fmt: skip
+
+
+def gather(dataset, recipe, out, rank, ranks):
+    """Find the pictures and open the cache: (pixels, sizes, the rows to pretrain on, how many were found)."""
     if rank > 0:
-        dist.barrier()
-    pictures = list_pictures(args.dataset, recipe["data_dir"], recipe["pictures"])
+        dist.barrier()  # until rank 0 has downloaded and decoded them
+    pictures = list_pictures(dataset, recipe["data_dir"], recipe["pictures"])
     rows = torch.arange(pictures.train if recipe["pretrain_split"] == "train" else len(pictures.items))
     if 0 < recipe["pictures"] < len(rows):
         order = torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))
         rows = rows[order[: recipe["pictures"]]]
-    batch_size = recipe["batch_size"]
-    check_batch(len(rows), batch_size)
-    if batch_size % ranks:
-        stop(f"batch_size is {batch_size}, it must be divisible by the number of processes ({ranks})")
-    pixels, sizes = load_pixels(pictures, args.dataset, recipe["data_dir"], out, recipe)
-    found, rows = len(rows), rows[sizes[rows, 0] > 0]
+    check_batch(len(rows), recipe["batch_size"])
+    pixels, sizes = load_pixels(pictures, dataset, recipe["data_dir"], out, recipe)
     if rank == 0 and ranks > 1:
         dist.barrier()
-    check_batch(len(rows), batch_size)
-    loader = Loader(pixels, sizes, rows, batch_size, recipe["seed"], device, rank, ranks)
+    found, rows = len(rows), rows[sizes[rows, 0] > 0]
+    check_batch(len(rows), recipe["batch_size"])
+    return pixels, sizes, rows, found
+
+
+def restore(saved, model, optimizer, scaler, device):
+    """Put everything that changes while training back to where the checkpoint has it."""
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if any(v.shape not in ((), p.shape) for p, state in optimizer.state.items() for v in state.values()):
+        raise ValueError("the optimiser's moments are not those of this model")
+    if saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    torch.set_rng_state(saved["random"]["cpu"])  # dropout goes on where it was
+    if device.type == "cuda" and "cuda" in saved["random"]:
+        torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+
+
+def main(argv=None):
+    args, given = read_arguments(argv)
+    device = choose_device(args.device)
+    dtype, scale_gradients = choose_precision(args.precision, device)
+    out = Path(args.out or f"runs/{args.dataset}")
+    checkpoint_file = out / "ckpt.pt"
+    recipe, saved = open_run(args, given, checkpoint_file)
+    config = check_recipe(recipe)
+    # Under torchrun `ranks` processes share each batch and average their gradients; rank 0 prints and writes.
+    rank, ranks = join_processes(device, recipe["batch_size"])
+    check_memory(config, recipe, device, ranks)
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+
+    pixels, sizes, rows, found = gather(args.dataset, recipe, out, rank, ranks)
+    loader = Loader(pixels, sizes, rows, recipe["batch_size"], recipe["seed"], device, rank, ranks)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
     last_step = min(total_steps, args.max_steps or total_steps)
 
-    # The model, its optimiser, and all that changes while training.
+    # The model, its optimiser, and all else that changes while training.
     torch.manual_seed(recipe["seed"])
     model = MIMJEPA(config).to(device).train()
     optimizer = make_optimizer(model.parameters(), device)
     scaler = torch.amp.GradScaler(device.type, enabled=scale_gradients)
-    step, seconds = 0, 0.0
-    history = []  # a row of metrics.csv for each whole epoch
-    log = []  # (loss, target_std) of each step of the epoch under way, as tensors on the device
+    step = 0
     if saved:
-        if saved["found"] != found:
-            stop(f"the run in {out} had {saved['found']:,} pictures, {recipe['data_dir']} now has {found:,}")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        set_random_state(saved["random"], device)  # dropout goes on where it was
-        step, seconds, history = saved["step"], saved["seconds"], saved["history"]
-        log = list(saved["log"].to(device))
+        try:
+            restore(saved, model, optimizer, scaler, device)
+            step, before = saved["step"], saved["found"]
+            journal = Journal(config, loader, ranks, saved)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+            stop(f"{checkpoint_file} does not hold what it takes to go on ({str(error).splitlines()[0]})")
+        if before != found:
+            stop(f"the run in {out} had {before} pictures, {recipe['data_dir']} now has {found}")
+    else:
+        journal = Journal(config, loader, ranks)
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     forward = torch.compile(model, fullgraph=True) if use_compile else model
     if ranks > 1:
@@ -957,7 +1106,7 @@ def main(argv=None):
         say(f"there is no {checkpoint_file} yet: starting from the beginning")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bad = f"; left out {found - len(rows)} bad files" if found > len(rows) else ""
-    say(f"{args.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {batch_size}, "
+    say(f"{args.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {loader.batch_size}, "
           f"{parameters / 1e6:.1f} M parameters; {device}, {dtype or torch.float32}"
           f"{', compiled' if use_compile else ''}{bad}")  # fmt: skip
     say(
@@ -967,21 +1116,23 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
 
     signals = asked_to_stop() if ranks == 1 else []
-    worker = ThreadPoolExecutor(1)  # makes the next batch while the device trains on this one
-    masks = (config.grid, config.mask_ratio, config.masking)
-    upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
+    # Two threads at work beside the device: one makes the next batch, one writes the last checkpoint.
+    batches, disk = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    draw = partial(
+        batches.submit, loader.batch, views=2, masks=(config.grid, config.mask_ratio, config.masking)
+    )
+    upcoming, saving = draw(step + 1), None
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no animation
     bar = tqdm(total=last_step, initial=step, unit="step", mininterval=interval, disable=rank > 0)
-    started = shown = time.perf_counter()
-    lap_start, lap_step, waited, first_step = started, step, 0.0, step + 1  # what speed is measured over
-    last = False
+    journal.lap(step)
+    first_step, last = step + 1, False
     while not last:
         step += 1
         before = time.perf_counter()
         draws, _, visible = upcoming.result()
-        waited += time.perf_counter() - before
+        journal.waited += time.perf_counter() - before
         if step < last_step:
-            upcoming = worker.submit(loader.batch, step + 1, views=2, masks=masks)
+            upcoming = draw(step + 1)
         context_images, target_images = make_views(*draws, config.image_size).chunk(2)
         if step == 1 and rank == 0:
             save_views(out / "views.png", context_images, target_images, visible)
@@ -1002,69 +1153,55 @@ def main(argv=None):
         # … and the target encoder follows slowly.
         model.update_target(momentum)
 
-        # Reading a number waits for the device: that is left to once a second and to the epoch's end.
-        log.append(torch.stack([loss.detach(), target_deviation(target)]))
-        epoch_ends = step % loader.steps_per_epoch == 0
-        now = time.perf_counter()
-        if now - shown > 1:
-            shown = now
-            loss, deviation = log[-1].tolist()
-            speed = batch_size * (step - lap_step) / (now - lap_start)
-            bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {lr:.1e}, target_std {deviation:.2f}, {speed:.0f} images/s, wait "
-                f"{waited / (now - lap_start):.0%}, {speed * training_flops(config) / 1e12:.3g} TFLOP/s",
-                refresh=False,
-            )
-        bar.update()
-
+        journal.log.append(torch.stack([loss.detach(), target_deviation(target)]))
+        journal.show(bar, step, lr)
+        if step == first_step:
+            journal.lap(step)
         last = step == last_step or len(signals) > 0
-        if epoch_ends or last:
-            numbers = torch.stack(log)  # [steps, 2]
-            if ranks > 1:
-                dist.all_reduce(numbers)
-            numbers = numbers.cpu() / ranks
-            now = time.perf_counter()
-            speed = batch_size * (step - lap_step) / (now - lap_start)
-            if not numbers.isfinite().all():
-                bad = step - len(log) + 1 + (~numbers.isfinite()).any(1).int().argmax().item()
-                stop(
-                    f"the loss is not finite at step {bad:,}; nothing was saved since. Try a lower --lr, or "
-                    "--precision fp32"
-                )
-            loss, deviation = numbers.mean(0).tolist()
-            row = dict(
-                epoch=step / loader.steps_per_epoch, step=step, loss=loss, learning_rate=lr,
-                weight_decay=weight_decay, momentum=momentum, target_std=deviation,
-                images_per_s=speed, seconds=seconds + now - started, wait=waited / (now - lap_start),
-                tflops=speed * training_flops(config) / 1e12, memory_gb=peak_memory_gb(device),
-            )  # fmt: skip
-            if deviation < 0.1 and rank == 0:
-                bar.write(
-                    f"warning: target_std is {deviation:.3f}, the encoder is collapsing: all tokens "
-                    "look alike to it. Try a --momentum nearer to 1, or a lower --lr."
-                )
-            if rank == 0:
-                save_metrics(out / "metrics.csv", history + [row])
-            if epoch_ends:
-                history.append(row)
-                log = []
+        epoch_ends = step % loader.steps_per_epoch == 0
+        if not (epoch_ends or last):
+            continue
+
+        numbers = journal.numbers(step)
+        row = journal.row(step, numbers, lr, weight_decay, momentum)
+        if row["target_std"] < 0.1 and rank == 0:
+            bar.write(
+                f"warning: target_std is {row['target_std']:.3f}, the encoder is collapsing: all tokens "
+                "look alike to it. Try a --momentum nearer to 1, or a lower --lr."
+            )
+        metrics = journal.history + [row]
+        if epoch_ends:
+            journal.history, journal.log, numbers = metrics, [], numbers[:0]
+        if rank == 0:
+            if saving:
+                saving.result()  # the last checkpoint must be whole before the next one is begun
+            save_metrics(out / "metrics.csv", metrics)
             state = dict(
                 format=FORMAT, config=asdict(config), recipe=recipe, found=found, step=step,
-                model=model.state_dict(),
-                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), random=random_state(device),
-                history=history, log=numbers[:0] if epoch_ends else numbers, seconds=row["seconds"],
+                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                random=random_state(device), history=journal.history, log=numbers, seconds=row["seconds"],
             )  # fmt: skip
-            if rank == 0:
-                write_whole(checkpoint_file, lambda file: torch.save(state, file))
-        if epoch_ends or step == first_step:  # the first step compiles, it is not counted
-            lap_start, lap_step, waited = time.perf_counter(), step, 0.0
+            saving = disk.submit(save_checkpoint, checkpoint_file, copied(state))
     bar.close()
-    worker.shutdown()
+    batches.shutdown()
+    if saving:
+        saving.result()
     if signals and step < last_step:
         tqdm.write(f"stopped and saved at step {step:,}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + signals[0])
     say(f"saved {checkpoint_file}. Next: python eval.py {checkpoint_file}")
 
 
+def run(program):
+    """Start `program`. To run out of memory is for its user to put right; all else is a bug, and shows."""
+    try:
+        program()
+    except (RuntimeError, MemoryError) as error:  # torch has no error of its own for a CPU out of memory
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        if not full:
+            raise
+        stop("out of memory; what was saved is whole. Lower --batch-size or --image-size, or try --precision")
+
+
 if __name__ == "__main__":
-    main()
+    run(main)
