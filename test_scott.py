@@ -6,9 +6,11 @@ They need no download, no GPU and no files from elsewhere, and take about a minu
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -1060,6 +1062,8 @@ def test_a_checkpoint_that_is_not_there(capsys, arguments, says):
     ("--batch-size 0", "batch_size"), ("--batch-size 50000", "--batch-size"), ("--momentum 2", "momentum"),
     ("--pretrain-split test", "pretrain_split"), ("--pictures -5", "pictures"),
     ("--max-steps 0", "max_steps"), ("--tokenizer vit", "tokenizer"), ("--seed -1", "seed"),
+    ("--out /dev/null/run", "--out"), ("--dim 8192 --depth 1000", "GB of memory"), ("--cache-side 1", "cache_side"),
+    ("--pictures 5000000 --image-size 2048", "--pictures"), ("--batch-size 4000 --depth 999", "--batch-size"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(capsys, arguments, says):
     assert says in refused(capsys, train, *arguments.split())
@@ -1125,6 +1129,60 @@ def test_a_full_disk_leaves_the_last_checkpoint_alone(capsys, monkeypatch):
     assert Path("runs/critters/ckpt.pt").read_bytes() == before
 
 
+def test_no_memory_left_is_one_line_and_leaves_the_last_checkpoint_alone(capsys, monkeypatch):
+    train.main([*CRITTERS, "--max-steps", "5"])
+    before = Path("runs/critters/ckpt.pt").read_bytes()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scott, "jepa_loss", full)
+    guarded = SimpleNamespace(main=lambda arguments: train.run(lambda: train.main(arguments)))
+    assert "--batch-size" in refused(capsys, guarded, *CRITTERS, "--resume")
+    assert Path("runs/critters/ckpt.pt").read_bytes() == before
+    monkeypatch.setattr(scott, "jepa_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug is not talked away
+        guarded.main([*CRITTERS, "--resume"])
+
+
+def test_the_next_checkpoint_is_begun_only_when_the_last_one_is_whole(monkeypatch):
+    """Written in a thread beside the training, in order, each as it was at its epoch's end."""
+    running, steps, save = [], [], train.save_checkpoint
+
+    def slowly(path, state):
+        assert not running
+        running.append(True)
+        weights = {name: value.clone() for name, value in state["model"].items()}
+        time.sleep(0.3)  # the training goes on meanwhile
+        assert all(torch.equal(value, weights[name]) for name, value in state["model"].items())
+        save(path, state)
+        running.clear()
+        steps.append(state["step"])
+
+    monkeypatch.setattr(train, "save_checkpoint", slowly)
+    train.main(CRITTERS)
+    assert steps == [5, 10, 15] and load_checkpoint("runs/critters/ckpt.pt")["step"] == 15
+
+
+def test_a_run_leaves_no_thread_and_no_open_file():
+    train.main([*CRITTERS, "--max-steps", "1", "--out", "first"])
+    before = threading.active_count(), len(os.listdir("/dev/fd"))
+    train.main([*CRITTERS, "--epochs", "30"])
+    assert (threading.active_count(), len(os.listdir("/dev/fd"))) == before
+
+
+@pytest.mark.parametrize("precision, digits", [("bf16", 8), ("fp16", 11)])
+def test_half_precision_trains_like_full_precision(precision, digits):
+    """The loss of each step is the same within what numbers of so many binary digits allow."""
+    flags = "--dropout 0 --drop-path 0 --attention-dropout 0 --max-steps 6".split()
+    for name in ("fp32", precision):
+        train.main([*CRITTERS, *flags, "--precision", name, "--out", name])
+    full, half = (torch.cat([load_checkpoint(f"{name}/ckpt.pt")["log"][:, 0]]) for name in ("fp32", precision))
+    rows = [load_checkpoint(f"{name}/ckpt.pt")["history"][0]["loss"] for name in ("fp32", precision)]
+    assert torch.allclose(full, half, rtol=2.0**-digits)
+    assert rows[0] == pytest.approx(rows[1], rel=2.0**-digits) and rows[0] != rows[1]
+
+
 def test_bad_pictures_are_named_and_left_out_on_request(capsys):
     for i in range(10):
         save_picture(Path(f"photos/{i}.jpg"), i)
@@ -1173,6 +1231,8 @@ def test_pictures_of_every_kind_load_as_a_viewer_shows_them(mode):
     (lambda c: c["model"].pop("predictor.head.bias"), "predictor.head.bias"),
     (lambda c: c["model"].update(extra=torch.zeros(1)), "extra"),
     (lambda c: c["model"].update({"predictor.head.bias": torch.zeros(3)}), "predictor.head.bias"),
+    (lambda c: c.pop("recipe"), "no recipe"), (lambda c: c["recipe"].update(epochs="3"), "no recipe"),
+    (lambda c: c["recipe"].update(dataset="cats"), "no recipe"), (lambda c: c["recipe"].update(lr=-1.0), "lr is"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_refused(capsys, damage, says):
     train.main([*CRITTERS, "--max-steps", "1"])
@@ -1181,6 +1241,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(capsys, damage, says):
     torch.save(checkpoint, "runs/critters/ckpt.pt")
     assert says in refused(capsys, probing, "runs/critters/ckpt.pt")
     assert says in refused(capsys, train, *CRITTERS, "--resume")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda c: c.pop("optimizer"), lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda c: c["optimizer"]["param_groups"].pop(), lambda c: c.pop("random"), lambda c: c.pop("found"),
+    lambda c: c.update(random={"cpu": torch.zeros(3)}), lambda c: c.pop("step"), lambda c: c.pop("log"),
+    lambda c: c.update(step="many"), lambda c: c.update(history=[{"epoch": 1}]), lambda c: c.update(seconds=None),
+])  # fmt: skip
+def test_a_run_that_cannot_go_on_from_a_checkpoint_says_so(capsys, damage):
+    train.main([*CRITTERS, "--max-steps", "5"])
+    checkpoint = load_checkpoint("runs/critters/ckpt.pt")
+    damage(checkpoint)
+    torch.save(checkpoint, "runs/critters/ckpt.pt")
+    assert "to go on" in refused(capsys, train, *CRITTERS, "--resume")
 
 
 def test_damaged_checkpoints_never_end_in_a_traceback(capsys):

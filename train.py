@@ -1047,6 +1047,7 @@ def restore(saved, model, optimizer, scaler, device):
     optimizer.load_state_dict(saved["optimizer"])
     if any(v.shape not in ((), p.shape) for p, state in optimizer.state.items() for v in state.values()):
         raise ValueError("the optimiser's moments are not those of this model")
+    [float(row[name]) for row in saved["history"] for name in COLUMNS]  # raises if it is no such table
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     torch.set_rng_state(saved["random"]["cpu"])  # dropout goes on where it was
@@ -1082,7 +1083,7 @@ def main(argv=None):
     if saved:
         try:
             restore(saved, model, optimizer, scaler, device)
-            step, before = saved["step"], saved["found"]
+            step, before = int(saved["step"]), int(saved["found"])
             journal = Journal(config, loader, ranks, saved)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
             stop(f"{checkpoint_file} does not hold what it takes to go on ({str(error).splitlines()[0]})")
@@ -1183,9 +1184,9 @@ def main(argv=None):
             )  # fmt: skip
             saving = disk.submit(save_checkpoint, checkpoint_file, copied(state))
     bar.close()
-    batches.shutdown()
     if saving:
         saving.result()
+    batches.shutdown(), disk.shutdown()
     if signals and step < last_step:
         tqdm.write(f"stopped and saved at step {step:,}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + signals[0])
