@@ -2,6 +2,8 @@
 
     python eval.py runs/pets/ckpt.pt
     python eval.py runs/critters/ckpt.pt --dataset folder --data-dir my/pictures
+    python eval.py runs/a/ckpt.pt runs/b/ckpt.pt            several runs: also their mean and deviation
+    python eval.py runs/pets/ckpt.pt --from-scratch         and the same encoder trained on the labels alone
 
 Two probes look at one averaged vector a picture: k nearest neighbours, and a linear classifier. Three
 attentive probes look at all tokens and learn which of them matter: simple, multi-head and cross.
@@ -14,6 +16,7 @@ figures are reported, and every probe is shown.
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from scott import MIMJEPA, SwiGLU, init_linear, layer_norm, load_encoder
+from scott import MIMJEPA, SwiGLU, hide, init_linear, layer_norm, load_encoder, sample_masks
 from train import (
     RECIPES, Loader, Parser, add_device_arguments, centre_crops, choose_device, choose_precision,
-    crop_and_resize, generator_for, list_pictures, load_pixels, load_run, make_optimizer, make_views, normalise,
+    crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run, make_optimizer, make_views, normalise,
     run, save_image, schedules, set_schedule, stop, write_whole,
 )  # fmt: skip
 
@@ -163,58 +166,120 @@ def linear(train, train_labels, test, classes, decay=1e-3):
     return F.linear(test, weight[:, :-1], weight[:, -1]).detach()
 
 
-def train_probes(features, loader, labels, classes, config, epochs, seed):
-    """Train the three attentive probes together, on the same augmented views of the training pictures."""
+@dataclass
+class Labelled:
+    """The pictures that probes are trained and tested on."""
+
+    loader: Loader  # of the training rows
+    labels: torch.Tensor  # long [n], of all pictures
+    train: torch.Tensor  # rows, long
+    test: torch.Tensor
+    classes: int
+
+
+def labelled(pictures, pixels, sizes, seed, device, per_class=0):
+    """Split the readable pictures; per_class: keep so many labelled ones of each class, 0 for all."""
+    labels = torch.tensor(pictures.labels)
+    rows = torch.arange(len(labels)).tensor_split([pictures.train])
+    train, test = (part[sizes[part, 0] > 0] for part in rows)
+    if per_class:
+        train = train[torch.randperm(len(train), generator=generator_for(seed, 4))]
+        train = torch.cat([train[labels[train] == label][:per_class] for label in labels[train].unique()])
+    loader = Loader(pixels, sizes, train, min(64, len(train)), seed, device)
+    return Labelled(loader, labels, train, test, len(pictures.classes))
+
+
+def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what, seed, peak_lr=5e-4):
+    """The supervised loop, for probes and whole networks: AdamW and the schedules of pretraining.
+
+    forward: views [B, 3, H, H] → a list of logits [B, classes], whose losses are added up
+    warmup: share of the steps
+    """
     torch.manual_seed(seed)
-    device = features.device
-    probes = nn.ModuleDict({name: probe(config.dim, classes) for name, probe in PROBES.items()}).to(device)
-    optimizer = make_optimizer(probes.parameters(), device)
+    loader = data.loader
+    optimizer = make_optimizer(parameters, loader.device)
     total_steps = epochs * loader.steps_per_epoch
     worker = ThreadPoolExecutor(1)
     upcoming = worker.submit(loader.batch, 1, views=1)
-    for step in tqdm(range(1, total_steps + 1), "training probes", leave=False, disable=None):
+    for step in tqdm(range(1, total_steps + 1), what, leave=False, disable=None):
         draws, rows, _ = upcoming.result()
         if step < total_steps:
             upcoming = worker.submit(loader.batch, step + 1, views=1)
-        lr, weight_decay, _ = schedules(step, total_steps, total_steps // 5)
+        lr, weight_decay, _ = schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)
         set_schedule(optimizer, lr, weight_decay)
-        tokens = features(make_views(*draws, config.image_size))
-        target = labels[rows].to(device)
-        # One sum of three losses: the probes share no weights, so each gets the gradient it would get alone.
-        sum(F.cross_entropy(probe(tokens), target) for probe in probes.values()).backward()
+        target = data.labels[rows].to(loader.device)
+        sum(F.cross_entropy(logits, target) for logits in forward(make_views(*draws, image_size))).backward()
         optimizer.step()
         optimizer.zero_grad()
     worker.shutdown()
+
+
+def train_probes(features, data, config, epochs, seed):
+    """Train the three attentive probes together, on the same augmented views of the training pictures."""
+    torch.manual_seed(seed)
+    probes = nn.ModuleDict({name: probe(config.dim, data.classes) for name, probe in PROBES.items()})
+    probes.to(features.device)
+
+    def forward(images):
+        tokens = features(images)
+        # The probes share no weights, so from the sum of their losses each gets the gradient of its own.
+        return [probe(tokens) for probe in probes.values()]
+
+    train_on_labels(
+        forward, probes.parameters(), data, config.image_size, epochs, 1 / 5, "training probes", seed
+    )
     return probes.eval()
 
 
-def evaluate(features, pictures, pixels, sizes, recipe, config, epochs):
-    """All probes of one encoder: {probe: (top-1, top-5, mean per class)} in percent, on the test split."""
-    device, classes = features.device, len(pictures.classes)
-    labels = torch.tensor(pictures.labels)
-    rows = torch.arange(len(labels)).tensor_split([pictures.train])
-    train_rows, test_rows = (part[sizes[part, 0] > 0] for part in rows)
-    batch_size = min(64, len(train_rows))
-    loader = Loader(pixels, sizes, train_rows, batch_size, recipe["seed"], device)
+@torch.no_grad()
+def test_probes(features, probes, data, image_size):
+    """{probe: (top-1, top-5, mean per class)} in percent, on the test split."""
+    scores = {name: [] for name in probes}
+    for tokens in features.of_test_views(data.loader, data.test, image_size):
+        for name, probe in probes.items():
+            scores[name].append(probe(tokens))
+    return {name: accuracies(torch.cat(parts), data.labels[data.test]) for name, parts in scores.items()}
+
+
+def evaluate(features, data, config, epochs, seed):
+    """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent."""
 
     def averages(rows):
-        batches = features.of_test_views(loader, rows, config.image_size)
+        batches = features.of_test_views(data.loader, rows, config.image_size)
         batches = tqdm(batches, "extracting features", len(rows.split(64)), leave=False, disable=None)
         return torch.cat([tokens.mean(1) for tokens in batches])
 
-    train, test = averages(train_rows), averages(test_rows)
-    train_labels, test_labels = labels[train_rows].to(device), labels[test_rows].to(device)
+    train, test, labels = (
+        averages(data.train),
+        averages(data.test),
+        data.labels[data.train].to(features.device),
+    )
     results = {
-        "k-NN": accuracies(knn(train, train_labels, test, classes), test_labels),
-        "linear": accuracies(linear(train, train_labels, test, classes), test_labels),
+        "k-NN": accuracies(knn(train, labels, test, data.classes), data.labels[data.test]),
+        "linear": accuracies(linear(train, labels, test, data.classes), data.labels[data.test]),
     }
-    probes = train_probes(features, loader, labels, classes, config, epochs, recipe["seed"])
-    scores = {name: [] for name in PROBES}
-    with torch.no_grad():
-        for tokens in features.of_test_views(loader, test_rows, config.image_size):
-            for name, probe in probes.items():
-                scores[name].append(probe(tokens))
-    return results | {name: accuracies(torch.cat(parts), test_labels) for name, parts in scores.items()}
+    if epochs == 0:
+        return results
+    probes = train_probes(features, data, config, epochs, seed)
+    return results | test_probes(features, probes, data, config.image_size)
+
+
+def supervise(encoder, data, config, epochs, recipe, device, dtype=None, use_compile=False):
+    """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining."""
+    torch.manual_seed(recipe["seed"])
+    probe = SimpleProbe(config.dim, data.classes).to(device).train()
+    encoder = encoder.to(device).requires_grad_(True).train()
+    network = torch.compile(encoder, fullgraph=True) if use_compile else encoder
+
+    def forward(images):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return [probe(layer_norm(network(images))).float()]
+
+    parameters = [*encoder.parameters(), *probe.parameters()]
+    settings = config.image_size, epochs, 40 / 300, "training on labels", recipe["seed"], recipe["lr"]
+    train_on_labels(forward, parameters, data, *settings)
+    features = Features(encoder, device, dtype)
+    return test_probes(features, {"simple": probe.eval()}, data, config.image_size)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -247,78 +312,161 @@ def pca_picture(features, images):
     return torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
 
 
+@torch.no_grad()
+def leak_picture(tokenizer, images, visible):
+    """What a mask is worth: an image, its visible part, and how active each layer is at each place, twice.
+
+    Upper row: the masked convolutions. Lower row: the same convolutions and pools without the mask, on the
+    same visible part. images [B, 3, H, H] from 0 to 1, visible bool [B, N]  →  [3, H', W'] from 0 to 1
+    """
+    H, grid = images.shape[-1], int(visible.shape[1] ** 0.5)
+    cells = visible.view(-1, 1, grid, grid)
+    shown = hide(images, cells)
+    rows = []
+    for mask in (cells, None):
+        x, maps = hide(normalise(images), cells), [images, shown]
+        for layer in (tokenizer.conv1, tokenizer.pool1, tokenizer.conv2, tokenizer.pool2):
+            x = layer(x, mask)
+            x = x.relu() if layer in (tokenizer.conv1, tokenizer.conv2) else x
+            activity = x.abs().mean(1, keepdim=True).sqrt()  # the root, for faint traces to show
+            activity = activity / activity.amax((1, 2, 3), keepdim=True)
+            maps.append(F.interpolate(activity, size=(H, H)).expand(-1, 3, -1, -1))
+        rows.append(torch.cat([F.pad(column, (2, 2, 2, 2), value=1.0) for column in maps], dim=3))
+    return torch.cat([row for pair in zip(*rows) for row in pair], dim=1)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def read_arguments(argv):
     parser = Parser("eval.py", description="Probe a frozen encoder, and the same encoder untrained.")
-    parser.add_argument("checkpoint", help="what train.py saved, such as runs/pets/ckpt.pt")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="such as runs/pets/ckpt.pt")
     parser.add_argument("--dataset", choices=RECIPES, help="probe on this (default: what it was trained on)")
     parser.add_argument("--data-dir", help="where it is (default: as in training; data for another data set)")
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
-    parser.add_argument("--epochs", type=int, help="for the attentive probes (default: the recipe's)")
+    parser.add_argument(
+        "--epochs", type=int, help="for the attentive probes, 0: none (default: the recipe's)"
+    )
+    parser.add_argument("--labels", type=int, default=0, help="so many labelled pictures a class; 0: all (0)")
+    parser.add_argument("--from-scratch", action="store_true", help="also train on the labels alone")
+    parser.add_argument("--finetune", action="store_true", help="also train on from the checkpoint by labels")
     parser.add_argument("--no-baseline", action="store_true", help="skip the untrained encoder")
-    parser.add_argument("--no-pca", action="store_true", help="skip pca.png")
+    parser.add_argument("--no-pca", action="store_true", help="skip the pictures pca.png and leak.png")
     add_device_arguments(parser)
     args = parser.parse_args(argv)
+    for name in ("epochs", "labels"):
+        if (getattr(args, name) or 0) < 0:
+            stop(f"{name} is {getattr(args, name)}, it must be 0 or more")
+    return args
 
-    torch.set_float32_matmul_precision("high")
-    device = choose_device(args.device)
-    dtype, _ = choose_precision(args.precision, device)
-    use_compile = device.type == "cuda" if args.compile is None else args.compile
-    saved = load_run(args.checkpoint)
-    trained = load_encoder(args.checkpoint, args.encoder)
-    recipe, config = saved["recipe"], trained.config
+
+def print_table(results, text):
+    """A line for each probe and encoder; `text(figures)` makes the three columns."""
+    print(f"\n{'probe':12}{'encoder':14}{text(('top-1', 'top-5', 'per class'))}   (%, test split)")
+    for probe in ("k-NN", "linear", *PROBES):
+        for encoder, figures in results.items():
+            if probe in figures:
+                print(f"{probe:12}{encoder:14}{text(figures[probe])}")
+
+
+def one_run(figures):
+    return "".join(f"{value:>11}" if isinstance(value, str) else f"{value:11.1f}" for value in figures)
+
+
+def several_runs(figures):
+    """Columns of mean ± standard deviation; figures: one row of three for each run."""
+    if isinstance(figures[0], str):
+        return "".join(f"{value:>15}" for value in figures)
+    std, mean = torch.std_mean(torch.tensor(figures), dim=0)
+    return "".join(f"{f'{m:.1f} ± {s:.1f}':>15}" for m, s in zip(mean.tolist(), std.tolist()))
+
+
+def probe_checkpoint(path, args, device, dtype, use_compile):
+    """Everything about one checkpoint: the table, eval.json, pictures.  → (step, {encoder: {probe: figures}})"""
+    saved = load_run(path)
+    trained = load_encoder(path, args.encoder)
+    recipe, config, seed = saved["recipe"], trained.config, saved["recipe"]["seed"]
     dataset, same = args.dataset or recipe["dataset"], args.dataset in (None, recipe["dataset"])
     data_dir = args.data_dir or (recipe["data_dir"] if same else "data")
     recipe = recipe | {"skip_bad_images": args.skip_bad_images or recipe["skip_bad_images"]}
     epochs = recipe["probe_epochs"] if args.epochs is None else args.epochs
-    if epochs < 1:
-        stop(f"epochs is {epochs}, it must be 1 or more")
+    folder = Path(path).parent
     pictures = list_pictures(dataset, data_dir, recipe["pictures"] if same else RECIPES[dataset]["pictures"])
     if len(pictures.classes) < 2 or pictures.train == len(pictures.items):
         stop(
             f"{data_dir} has no labelled train and test pictures of two classes or more; probes need "
             "train/<class>/… and test/<class>/…"
         )
-    pixels, sizes = load_pixels(pictures, dataset, data_dir, Path(args.checkpoint).parent, recipe)
-    test_count = len(pictures.items) - pictures.train
+    pixels, sizes = load_pixels(pictures, dataset, data_dir, folder, recipe)
+    data = labelled(pictures, pixels, sizes, seed, device, args.labels)
     print(
-        f"{dataset}: {pictures.train:,} training and {test_count:,} test pictures of "
-        f"{len(pictures.classes)} classes; {args.encoder} encoder at step {saved['step']:,}"
+        f"{dataset}: {len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} "
+        f"classes; {args.encoder} encoder of {path} at step {saved['step']:,}"
     )
 
-    torch.manual_seed(recipe["seed"])  # what train.py starts from: this is the encoder of step 0
-    encoders = {"trained": trained, "untrained": MIMJEPA(config).context_encoder}
-    if args.no_baseline:
-        del encoders["untrained"]
+    def untrained():
+        torch.manual_seed(seed)  # what train.py starts from: this is the encoder of step 0
+        return MIMJEPA(config).context_encoder
+
+    encoders = {"trained": trained} if args.no_baseline else {"trained": trained, "untrained": untrained()}
     features = {name: Features(encoder, device, dtype, use_compile) for name, encoder in encoders.items()}
-    data = pictures, pixels, sizes
-    results = {name: evaluate(f, *data, recipe, config, epochs) for name, f in features.items()}
+    results = {name: evaluate(f, data, config, epochs, seed) for name, f in features.items()}
+    # As many epochs as pretraining had, of the labelled pictures.
+    settings = data, config, recipe["epochs"], recipe, device, dtype, use_compile
+    if args.from_scratch:
+        results["from scratch"] = supervise(untrained(), *settings)
+    if args.finetune:
+        results["fine-tuned"] = supervise(load_encoder(path, args.encoder), *settings)
+    print_table(results, one_run)
 
-    print(f"\n{'probe':12}{'encoder':12}{'top-1':>8}{'top-5':>8}{'per class':>11}   (%, test split)")
-    for probe in results["trained"]:
-        for name, figures in results.items():
-            top1, top5, per_class = figures[probe]
-            print(f"{probe:12}{name:12}{top1:8.1f}{top5:8.1f}{per_class:11.1f}")
-
-    folder = Path(args.checkpoint).parent
     report = dict(
-        checkpoint=args.checkpoint, encoder=args.encoder, step=saved["step"], dataset=dataset,
+        checkpoint=path, encoder=args.encoder, step=saved["step"], dataset=dataset, labels=args.labels,
         probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"], results=results,
     )  # fmt: skip
     write_whole(folder / "eval.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
     written = [folder / "eval.json"]
     if not args.no_pca:
-        rows = pictures.train + (sizes[pictures.train :, 0] > 0).nonzero().squeeze(1)
-        rows = rows[torch.randperm(len(rows), generator=generator_for(recipe["seed"], 3))[:6]]
+        rows = data.test[torch.randperm(len(data.test), generator=generator_for(seed, 3))[:6]]
         images = crop_and_resize(pixels[rows], centre_crops(sizes[rows]), None, config.image_size).to(device)
         save_image(folder / "pca.png", pca_picture(features["trained"], images))
         written.append(folder / "pca.png")
-    print(f"\nwrote {' and '.join(map(str, written))}")
+        if config.tokenizer != "patch":
+            mask = config.grid, config.mask_ratio, config.masking, generator_for(seed, 5)
+            visible = sample_masks(2, *mask).to(device)
+            save_image(
+                folder / "leak.png", leak_picture(trained.tokenizer, images[:2], visible[: len(images)])
+            )
+            written.append(folder / "leak.png")
+    print(f"\nwrote {', '.join(map(str, written))}")
+    return saved["step"], results
+
+
+def main(argv=None):
+    args = read_arguments(argv)
+    torch.set_float32_matmul_precision("high")
+    device = choose_device(args.device)
+    dtype, _ = choose_precision(args.precision, device)
+    use_compile = device.type == "cuda" if args.compile is None else args.compile
+    runs = [probe_checkpoint(path, args, device, dtype, use_compile) for path in args.checkpoints]
+    if len(runs) == 1:
+        return
+    steps, results = zip(*runs)
+    if len(set(steps)) > 1:  # checkpoints of one run: how the probes fare as it goes on
+        curves = {
+            f"{probe}, top-1, %": [run["trained"][probe][0] for run in results]
+            for probe in results[0]["trained"]
+        }
+        path = Path(args.checkpoints[-1]).parent / "probes.png"
+        draw_curves(path, steps, curves)
+        print(f"wrote {path}")
+    else:
+        print(f"\nmean ± standard deviation of {len(runs)} runs")
+        first = results[0]
+        gathered = {e: {p: [run[e][p] for run in results] for p in first[e]} for e in first}
+        print_table(gathered, several_runs)
 
 
 if __name__ == "__main__":

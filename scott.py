@@ -57,7 +57,8 @@ class Config:
     depth: int = 12  # blocks of the encoder
     heads: int = 4  # attention heads, in encoder and predictor alike
     predictor_depth: int = 3
-    tokenizer: str = "scott"  # "scott": masked convolutions; "patch": the plain ViT's, as a baseline
+    # "scott": masked convolutions. To compare with: "dense", the same without re-masking; "patch", a plain ViT's
+    tokenizer: str = "scott"
     dropout: float = 0.2  # after adding positions, and on what attention adds to the residual stream
     attention_dropout: float = 0.1  # on the attention weights
     drop_path: float = 0.1  # chance to skip the last block's branches; rises linearly from 0 at the first
@@ -84,7 +85,7 @@ class Config:
         )
         require(self.dim % self.heads == 0, "dim", f"divisible by heads ({self.heads})")
         require(self.dim % 4 == 0, "dim", "divisible by 4 (sine and cosine of row and of column)")
-        require(self.tokenizer in ("scott", "patch"), "tokenizer", "'scott' or 'patch'")
+        require(self.tokenizer in ("scott", "dense", "patch"), "tokenizer", "'scott', 'dense' or 'patch'")
         require(self.masking in ("block", "random"), "masking", "'block' or 'random'")
         require(0 < self.mask_ratio < 1, "mask_ratio", "more than 0 and less than 1")
         require(
@@ -246,6 +247,8 @@ class Tokenizer(nn.Module):
             if visible is not None:
                 visible = visible.view(-1, 1, grid, grid)
             x = hide(x, visible)  # [B, 3, H, H]: no hidden pixel gets any further than here
+            if self.kind == "dense":
+                visible = None  # ordinary convolutions from here on, to measure what re-masking is worth
             x = F.relu(self.conv1(x, visible))  # [B, 64, H/2, H/2]
             x = self.pool1(x, visible)  # [B, 64, H/4, H/4]
             x = F.relu(self.conv2(x, visible))  # [B, D, H/8, H/8]

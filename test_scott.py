@@ -135,6 +135,16 @@ def test_every_convolution_and_every_pool_is_masked_again():
     assert residue(Tokenizer(SMALL), torch.randn(4, 3, 96, 96), sample_masks(4, 6)) == [0, 0, 0, 0]
 
 
+def test_without_re_masking_the_hole_fills_up_though_hidden_pixels_stay_out():
+    """tokenizer="dense" is what re-masking is measured against: the same layers, on the visible part alone."""
+    dense, ours = Tokenizer(replace(SMALL, tokenizer="dense")), Tokenizer(SMALL)
+    ours.load_state_dict(dense.state_dict())
+    images, visible = torch.randn(4, 3, 96, 96), sample_masks(4, 6)
+    assert torch.equal(dense(images), ours(images)) and leak(dense, images, visible) == 0
+    assert min(residue(dense, images, visible)) > 0.01
+    assert (dense(images, visible) - ours(images, visible))[visible].abs().max() > 0.01  # and is read back
+
+
 @pytest.mark.parametrize("kind, broken", [(MaskedConv2d, (0, 2)), (MaskedMaxBlurPool, (1, 3))])
 def test_a_removed_re_mask_is_found(monkeypatch, kind, broken):
     masked = kind.forward
@@ -712,7 +722,7 @@ def same_state(first, second):
 def test_train_and_eval_from_end_to_end(capsys):
     train.main(CRITTERS)
     files = {path.name for path in Path("runs/critters").iterdir()}
-    assert files == {"ckpt.pt", "metrics.csv", "views.png"}
+    assert files == {"ckpt.pt", "metrics.csv", "curves.png", "views.png"}
     rows = list(csv.DictReader(open("runs/critters/metrics.csv")))
     assert list(rows[0]) == train.COLUMNS and [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["step"] for row in rows] == ["5", "10", "15"] and float(rows[-1]["momentum"]) == 1
@@ -736,7 +746,7 @@ def test_train_and_eval_from_end_to_end(capsys):
         assert list(results) == ["k-NN", "linear", "simple", "multi-head", "cross"]
         for probe, figures in results.items():
             assert all(0 <= figure <= 100 for figure in figures) and figures[0] <= figures[1]
-            assert f"{probe:12}{name:12}{figures[0]:8.1f}" in table
+            assert f"{probe:12}{name:14}{figures[0]:11.1f}" in table
     assert Image.open("runs/critters/pca.png").size == (3 * 36, 6 * 36)
 
 
@@ -1025,7 +1035,8 @@ def small_evaluation(pictures):
     features = probing.Features(Encoder(config), torch.device("cpu"))
     before = {name: value.clone() for name, value in features.encoder.state_dict().items()}
     pixels, sizes = train.load_pixels(pictures, "critters", "data", "out", recipe)
-    results = probing.evaluate(features, pictures, pixels, sizes, recipe, config, epochs=2)
+    data = probing.labelled(pictures, pixels, sizes, 47, torch.device("cpu"))
+    results = probing.evaluate(features, data, config, 2, 47)
     assert all(torch.equal(value, before[name]) for name, value in features.encoder.state_dict().items())
     return results, torch.random.get_rng_state()
 
@@ -1047,8 +1058,63 @@ def test_probing_leaves_the_encoder_alone_and_sees_no_test_label():
     )
 
 
+def test_few_labels_are_so_many_of_each_class_and_the_test_split_stays_whole():
+    pictures = train.list_pictures("critters", "data", 80)
+    pixels, sizes = torch.zeros(80, 3, 32, 32, dtype=torch.uint8), torch.full((80, 2), 32.0)
+    data = probing.labelled(pictures, pixels, sizes, 47, torch.device("cpu"), per_class=2)
+    assert (data.labels[data.train].bincount() == 2).all() and len(data.train) == 20
+    assert data.train.max() < 60 and data.test.tolist() == list(range(60, 80))
+
+
+def test_supervised_training_moves_the_encoder_and_learns(capsys):
+    """From scratch and from the checkpoint: rows of their own in the table; the checkpoint stays as it is."""
+    train.main([*CRITTERS, "--max-steps", "5"])
+    before = Path("runs/critters/ckpt.pt").read_bytes()
+    probing.main("runs/critters/ckpt.pt --from-scratch --finetune --epochs 0 --no-pca".split())
+    report = json.load(open("runs/critters/eval.json"))["results"]
+    assert set(report) == {"trained", "untrained", "from scratch", "fine-tuned"}
+    assert set(report["trained"]) == {"k-NN", "linear"} and set(report["from scratch"]) == {"simple"}
+    assert "fine-tuned" in capsys.readouterr().out and Path("runs/critters/ckpt.pt").read_bytes() == before
+
+    # two classes that differ in brightness are told apart after a few epochs
+    labels = torch.arange(80) % 2
+    pixels = (80 + 100 * labels).to(torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32)
+    pictures = train.Pictures([None] * 80, labels.tolist(), ["dark", "light"], 60)
+    data = probing.labelled(pictures, pixels, torch.full((80, 2), 32.0), 0, torch.device("cpu"))
+    config = Config(image_size=32, dim=16, depth=1, heads=2, dropout=0.0)
+    encoder = Encoder(config)
+    weight = encoder.blocks[0].mlp.w3.weight.clone()
+    figures = probing.supervise(encoder, data, config, 30, {"seed": 0, "lr": 3e-3}, torch.device("cpu"))
+    assert figures["simple"][0] == 100 and not torch.equal(weight, encoder.blocks[0].mlp.w3.weight)
+
+
+def test_several_checkpoints_are_summed_up_as_mean_and_deviation_or_as_curves(capsys):
+    for seed in ("1", "2"):
+        train.main([*CRITTERS, "--seed", seed, "--out", seed, "--keep-every", "2"])
+    assert {path.name for path in Path("1").glob("*.pt")} == {"ckpt.pt", "ckpt-0002.pt"}
+    assert load_checkpoint("1/ckpt-0002.pt")["step"] == 10
+    probing.main("1/ckpt.pt 2/ckpt.pt --epochs 0 --no-pca".split())
+    first, second = (json.load(open(f"{run}/eval.json"))["results"]["trained"]["linear"][0] for run in "12")
+    table = capsys.readouterr().out.split("mean ± standard deviation of 2 runs")[1]
+    assert f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}" in table
+    probing.main("1/ckpt-0002.pt 1/ckpt.pt --epochs 0 --no-pca --no-baseline".split())
+    assert Image.open("1/probes.png").size == (640, 2 * 120)
+
+
+def test_the_leak_picture_shows_the_mask_where_it_holds_and_a_leak_where_it_does_not():
+    visible = torch.zeros(1, 36, dtype=torch.bool)
+    visible[0, [14, 15, 20, 21]] = True
+    picture = probing.leak_picture(Tokenizer(SMALL), torch.rand(1, 3, 96, 96), visible)
+    assert picture.shape == (3, 2 * 100, 6 * 100)
+    hidden = ~blown_up(visible, 96)[0, 0]
+    panels = picture.view(3, 2, 100, 6, 100)[:, :, 2:-2, :, 2:-2][0]  # [row, y, column, x]
+    for column in range(2, 6):
+        assert panels[0, :, column][hidden].max() == 0 and panels[1, :, column][hidden].max() > 0
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["none.pt"], "cannot read none.pt"),
+    (["none.pt", "--epochs", "-1"], "epochs is -1"), (["none.pt", "--labels", "-1"], "labels is -1"),
     (["."], "cannot read"),
 ])  # fmt: skip
 def test_a_checkpoint_that_is_not_there(capsys, arguments, says):
@@ -1149,13 +1215,13 @@ def test_the_next_checkpoint_is_begun_only_when_the_last_one_is_whole(monkeypatc
     """Written in a thread beside the training, in order, each as it was at its epoch's end."""
     running, steps, save = [], [], train.save_checkpoint
 
-    def slowly(path, state):
+    def slowly(state, path):
         assert not running
         running.append(True)
         weights = {name: value.clone() for name, value in state["model"].items()}
         time.sleep(0.3)  # the training goes on meanwhile
         assert all(torch.equal(value, weights[name]) for name, value in state["model"].items())
-        save(path, state)
+        save(state, path)
         running.clear()
         steps.append(state["step"])
 
@@ -1177,7 +1243,9 @@ def test_half_precision_trains_like_full_precision(precision, digits):
     flags = "--dropout 0 --drop-path 0 --attention-dropout 0 --max-steps 6".split()
     for name in ("fp32", precision):
         train.main([*CRITTERS, *flags, "--precision", name, "--out", name])
-    full, half = (torch.cat([load_checkpoint(f"{name}/ckpt.pt")["log"][:, 0]]) for name in ("fp32", precision))
+    full, half = (
+        torch.cat([load_checkpoint(f"{name}/ckpt.pt")["log"][:, 0]]) for name in ("fp32", precision)
+    )
     rows = [load_checkpoint(f"{name}/ckpt.pt")["history"][0]["loss"] for name in ("fp32", precision)]
     assert torch.allclose(full, half, rtol=2.0**-digits)
     assert rows[0] == pytest.approx(rows[1], rel=2.0**-digits) and rows[0] != rows[1]

@@ -85,7 +85,7 @@ HELP = dict(
     depth="blocks of the encoder",
     heads="attention heads",
     predictor_depth="blocks of the predictor",
-    tokenizer="'scott' (masked convolutions) or 'patch' (plain ViT)",
+    tokenizer="'scott' (masked convolutions), 'dense' (not masked again) or 'patch' (plain ViT)",
     dropout="on the tokens and on the output of attention",
     attention_dropout="on the attention weights",
     drop_path="chance to skip the branches of the last block, rising from 0 at the first",
@@ -761,8 +761,9 @@ def copied(value):
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
-def save_checkpoint(path, state):
-    write_whole(path, lambda file: torch.save(state, file))
+def save_checkpoint(state, *paths):
+    for path in paths:
+        write_whole(path, lambda file: torch.save(state, file))
 
 
 def target_deviation(target):
@@ -786,6 +787,27 @@ def save_views(path, context_images, target_images, visible, count=6):
         row = [context, torch.where(mask, context, 0.5), target]
         rows.append(torch.cat([F.pad(image, (2, 2, 2, 2), value=1.0) for image in row], dim=2))
     save_image(path, torch.cat(rows, dim=1))
+
+
+def draw_curves(path, steps, curves):
+    """Save a picture of figures over steps, a panel each: curves is {title: one number a step}."""
+    width, height, edge = 640, 120, 20
+    canvas = Image.new("RGB", (width, height * len(curves)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (title, values) in enumerate(curves.items()):
+        low, high = min(values), max(values)
+        top, bottom = height * i + edge, height * (i + 1) - edge
+        points = [
+            (edge + (width - 2 * edge) * (step - steps[0]) / max(1, steps[-1] - steps[0]),
+             bottom - (bottom - top) * (value - low) / ((high - low) or 1))
+            for step, value in zip(steps, values)
+        ]  # fmt: skip
+        pen.rectangle((edge, top, width - edge, bottom), outline="lightgrey")
+        pen.line(points, fill="black", width=2)
+        pen.text(
+            (edge, top - 16), f"{title}: {low:.4g} to {high:.4g}; steps {steps[0]} to {steps[-1]}", "black"
+        )
+    write_whole(path, lambda file: canvas.save(file, "PNG"))
 
 
 def save_image(path, image):
@@ -819,6 +841,7 @@ def read_arguments(argv):
     parser.add_argument("--out", help="where the run's files go (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--max-steps", type=int, help="stop after so many; the schedules stay as they are")
+    parser.add_argument("--keep-every", type=int, help="also keep every so manieth epoch, as ckpt-EPOCH.pt")
     add_device_arguments(parser)
     about = "Every entry of a recipe is a flag. In brackets: the paper's value (critters has its own)."
     group = parser.add_argument_group("recipe", about)
@@ -915,8 +938,10 @@ def join_processes(device, batch_size):
 
 def open_run(args, given, checkpoint_file):
     """The recipe of a new run, and None; or the recipe and the checkpoint of the run that is to go on."""
-    if args.max_steps is not None and args.max_steps < 1:
-        stop(f"max_steps is {args.max_steps}, it must be 1 or more")
+    for name in ("max_steps", "keep_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            stop(f"{name} is {value}, it must be 1 or more")
     saved, recipe = None, RECIPES[args.dataset] | {"data_dir": "data", "skip_bad_images": False} | given
     check_writable(checkpoint_file.parent)
     if checkpoint_file.exists():
@@ -1156,9 +1181,9 @@ def main(argv=None):
 
         journal.log.append(torch.stack([loss.detach(), target_deviation(target)]))
         journal.show(bar, step, lr)
-        if step == first_step:
-            journal.lap(step)
         last = step == last_step or len(signals) > 0
+        if step == first_step and not last:
+            journal.lap(step)
         epoch_ends = step % loader.steps_per_epoch == 0
         if not (epoch_ends or last):
             continue
@@ -1177,12 +1202,19 @@ def main(argv=None):
             if saving:
                 saving.result()  # the last checkpoint must be whole before the next one is begun
             save_metrics(out / "metrics.csv", metrics)
+            columns = {
+                name: [row[name] for row in metrics] for name in ("loss", "target_std", "learning_rate")
+            }
+            draw_curves(out / "curves.png", [row["step"] for row in metrics], columns)
             state = dict(
                 format=FORMAT, config=asdict(config), recipe=recipe, found=found, step=step,
                 model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                 random=random_state(device), history=journal.history, log=numbers, seconds=row["seconds"],
             )  # fmt: skip
-            saving = disk.submit(save_checkpoint, checkpoint_file, copied(state))
+            paths = [checkpoint_file]
+            if args.keep_every and epoch_ends and len(metrics) % args.keep_every == 0:
+                paths.append(out / f"ckpt-{len(metrics):04}.pt")
+            saving = disk.submit(save_checkpoint, copied(state), *paths)
     bar.close()
     if saving:
         saving.result()
