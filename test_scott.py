@@ -7,6 +7,8 @@ import csv
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -848,6 +850,27 @@ def labelled_folder(root):
                 save_picture(
                     root / split / f"species {species}/{i}.png", 30 * (split == "test") + 3 * i + species
                 )
+
+
+def test_the_readmes_lines_turn_pictures_into_features():
+    for i in range(9):
+        save_picture(Path(f"photos/{i}.jpg"), i, size=(300, 280))
+    train.main(["--dataset", "folder", "--data-dir", "photos", *TINY, "--epochs", "1"])
+    load, prepare = re.findall(r"```py\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.DOTALL)
+    names = {"paths": sorted(Path("photos").glob("*.jpg"))}
+    exec(prepare + load, names)
+    assert names["features"].shape == (9, 16) and names["features"].isfinite().all()
+
+
+def test_the_readme_quotes_the_source_and_its_commands_are_understood():
+    readme = Path(__file__).with_name("README.md").read_text()
+    quotes = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(quotes) > 5 and all(quote in Path(scott.__file__).read_text() for quote in quotes)
+    commands = re.findall(r"python (train|eval)\.py([^#\n&`]*)", readme)
+    assert len(commands) > 5
+    for program, arguments in commands:
+        if "…" not in arguments and "--help" not in arguments:
+            {"train": train, "eval": probing}[program].read_arguments(shlex.split(arguments))
 
 
 def test_a_folder_with_classes(capsys):
