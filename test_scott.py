@@ -856,7 +856,9 @@ def test_the_readmes_lines_turn_pictures_into_features():
     for i in range(9):
         save_picture(Path(f"photos/{i}.jpg"), i, size=(300, 280))
     train.main(["--dataset", "folder", "--data-dir", "photos", *TINY, "--epochs", "1"])
-    load, prepare = re.findall(r"```py\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.DOTALL)
+    load, prepare = re.findall(
+        r"```py\n(.*?)```", Path(__file__).with_name("README.md").read_text(), re.DOTALL
+    )
     names = {"paths": sorted(Path("photos").glob("*.jpg"))}
     exec(prepare + load, names)
     assert names["features"].shape == (9, 16) and names["features"].isfinite().all()

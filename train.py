@@ -991,12 +991,11 @@ class Journal:
     Reading a number waits for the device. So what each step reports stays there until somebody looks.
     """
 
-    def __init__(self, config, loader, ranks, saved=None):
+    def __init__(self, config, loader, ranks):
         self.loader, self.ranks, self.flops = loader, ranks, training_flops(config)
-        self.history = saved["history"] if saved else []  # a row for each whole epoch
-        self.log = list(saved["log"].to(loader.device)) if saved else []  # the steps of the epoch under way
-        self.started = time.perf_counter() - (saved["seconds"] if saved else 0)
-        self.shown = 0.0
+        self.history = []  # a row for each whole epoch
+        self.log = []  # loss and target_std of each step of the epoch under way, as tensors on the device
+        self.started, self.shown = time.perf_counter(), 0.0
 
     def lap(self, step):
         """Measure speed from here on: after the first step, which compiles, and from epoch to epoch."""
@@ -1066,18 +1065,28 @@ def gather(dataset, recipe, out, rank, ranks):
     return pixels, sizes, rows, found
 
 
-def restore(saved, model, optimizer, scaler, device):
-    """Put everything that changes while training back to where the checkpoint has it."""
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if any(v.shape not in ((), p.shape) for p, state in optimizer.state.items() for v in state.values()):
-        raise ValueError("the optimiser's moments are not those of this model")
-    [float(row[name]) for row in saved["history"] for name in COLUMNS]  # raises if it is no such table
-    if saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    torch.set_rng_state(saved["random"]["cpu"])  # dropout goes on where it was
-    if device.type == "cuda" and "cuda" in saved["random"]:
-        torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+def restore(saved, path, found, model, optimizer, scaler, journal):
+    """Put everything that changes while training back to where the checkpoint at `path` has it.  → step"""
+    device = journal.loader.device
+    try:
+        if saved["found"] != found:
+            stop(f"the run in {path} had {saved['found']} pictures, now there are {found}")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if any(v.shape not in ((), p.shape) for p, state in optimizer.state.items() for v in state.values()):
+            raise ValueError("the optimiser's moments are not those of this model")
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["random"]["cpu"])  # dropout goes on where it was
+        if device.type == "cuda" and "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+        journal.history, journal.log = saved["history"], list(saved["log"].to(device))
+        [float(row[name]) for row in journal.history for name in COLUMNS]  # raises if it is no such table
+        journal.started -= saved["seconds"]
+        return int(saved["step"])
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        stop(f"{path} does not hold what it takes to go on ({reason})")
 
 
 def main(argv=None):
@@ -1104,18 +1113,8 @@ def main(argv=None):
     model = MIMJEPA(config).to(device).train()
     optimizer = make_optimizer(model.parameters(), device)
     scaler = torch.amp.GradScaler(device.type, enabled=scale_gradients)
-    step = 0
-    if saved:
-        try:
-            restore(saved, model, optimizer, scaler, device)
-            step, before = int(saved["step"]), int(saved["found"])
-            journal = Journal(config, loader, ranks, saved)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-            stop(f"{checkpoint_file} does not hold what it takes to go on ({str(error).splitlines()[0]})")
-        if before != found:
-            stop(f"the run in {out} had {before} pictures, {recipe['data_dir']} now has {found}")
-    else:
-        journal = Journal(config, loader, ranks)
+    journal = Journal(config, loader, ranks)
+    step = restore(saved, checkpoint_file, found, model, optimizer, scaler, journal) if saved else 0
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     forward = torch.compile(model, fullgraph=True) if use_compile else model
     if ranks > 1:
