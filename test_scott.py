@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -968,6 +969,24 @@ def test_the_cache_keeps_proportions_and_notices_changes(monkeypatch):
     )[1]
     assert sizes.tolist() == [[80, 40], [30, 60]]
     assert len(list(Path("photos/cache").iterdir())) == 3  # pixels, sizes, lock
+
+
+def test_odd_names_links_and_folders_among_the_pictures(capsys):
+    for i, name in enumerate(
+        ["plain.png", "a b.png", "ünï.png", "new\nline.png", "--flag.png", "%s;$(x).png"]
+    ):
+        save_picture(Path("photos") / name, i)
+    Path("photos/folder.png").mkdir()
+    Path("photos/link.png").symlink_to(Path("photos/plain.png").absolute())
+    command = ["--dataset", "folder", "--data-dir", "photos", *TINY, "--batch-size", "7", "--epochs", "1"]
+    train.main(command)
+    assert "folder: 7 pictures" in capsys.readouterr().out
+    Path("photos/lost.png").symlink_to("nowhere.png")
+    assert "lost.png" in refused(capsys, train, *command, "--out", "x") and not Path("x").exists()
+    Path("photos/lost.png").unlink()
+    shutil.rmtree("photos/cache")
+    Path("photos/cache").touch()
+    assert "cannot write" in refused(capsys, train, *command, "--out", "x")
 
 
 def test_no_room_for_the_cache_is_told_before_work_starts(capsys, monkeypatch):

@@ -277,7 +277,8 @@ def list_folder(data_dir):
         stop(f"there is no folder {data_dir}: name the folder of your pictures by --data-dir")
     splits = [data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()]
     if data_dir / "train" not in splits or not any(path.is_dir() for path in (data_dir / "train").iterdir()):
-        paths = sorted(path for path in data_dir.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        names = (path for path in data_dir.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        paths = sorted(path for path in names if not path.is_dir())
         if not paths:
             stop(f"no pictures in {data_dir} (their names must end in {' '.join(IMG_EXTENSIONS)})")
         return [(paths, [-1] * len(paths))], []
@@ -309,6 +310,17 @@ def open_picture(item, side):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def check_writable(folder):
+    """Stop unless `folder` can be written to, or made: told before hours of work, not after."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        fine = there.is_dir() and os.access(there, os.W_OK)
+    except (OSError, ValueError):  # a name too long, or with characters that no name can have
+        fine = False
+    if not fine:
+        stop(f"cannot write to {folder}: make it writable, or name another folder by --out or --data-dir")
+
+
 def load_pixels(pictures, dataset, data_dir, out, recipe):
     """All pictures as one array, uint8 [n, 3, S, S], and their true (width, height), float [n, 2].
 
@@ -328,16 +340,22 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
         return torch.from_numpy(pixels), fill(pixels, pictures.items, "drawing critters")
     side = recipe["cache_side"]
     folder = Path(data_dir if os.access(data_dir, os.W_OK) else out) / "cache"
-    files = [(os.path.relpath(path, data_dir), os.stat(path)) for path in pictures.items]
+    try:
+        files = [(os.path.relpath(path, data_dir), os.stat(path)) for path in pictures.items]
+    except OSError as error:  # such as a link to nowhere
+        stop(f"cannot read {error.filename} ({error.strerror}): mend or remove it")
     stamp = repr([(path, info.st_size, info.st_mtime_ns) for path, info in files])
     target = folder / f"{dataset}-{side}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
     sizes_file = target.with_suffix(".sizes.npy")
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:  # let go of even by a killed process
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once: one builds, the other waits here
         if not target.exists():
-            for old in folder.glob(f"{dataset}-{side}-*"):  # of other pictures, or of a build that was killed
+            for old in folder.glob(
+                f"{dataset}-{side}-{'?' * 16}.*"
+            ):  # of other pictures, or of a build that was killed
                 old.unlink()
             build_cache(target, sizes_file, pictures.items, side)
         pixels = np.load(target, mmap_mode="c")  # copy on write: writable for torch, the file stays as it is
@@ -870,17 +888,6 @@ def check_recipe(recipe):
         return Config(**{name: recipe[name] for name in Config.__dataclass_fields__})
     except ValueError as error:
         stop(error)
-
-
-def check_writable(folder):
-    """Stop unless `folder` can be written to, or made: told before hours of work, not after."""
-    try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        fine = there.is_dir() and os.access(there, os.W_OK)
-    except (OSError, ValueError):  # a name too long, or with characters that no name can have
-        fine = False
-    if not fine:
-        stop(f"cannot write to {folder}: name another folder by --out")
 
 
 def check_memory(config, recipe, device, ranks):
