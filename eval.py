@@ -3,6 +3,7 @@
     python eval.py runs/pets/ckpt.pt
     python eval.py runs/critters/ckpt.pt --dataset folder --data-dir my/pictures
     python eval.py runs/a/ckpt.pt runs/b/ckpt.pt            several runs: also their mean and deviation
+    python eval.py runs/a/ckpt*.pt                          one run at several times: also curves
     python eval.py runs/pets/ckpt.pt --from-scratch         and the same encoder trained on the labels alone
 
 Two probes look at one averaged vector a picture: k nearest neighbours, and a linear classifier. Three
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from scott import MIMJEPA, SwiGLU, hide, init_linear, layer_norm, load_encoder, sample_masks
 from train import (
-    RECIPES, Loader, Parser, add_device_arguments, centre_crops, choose_device, choose_precision,
+    RECIPES, Loader, Parser, add_device_arguments, centre_crops, check_writable, choose_device, choose_precision,
     crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run, make_optimizer, make_views, normalise,
     run, save_image, schedules, set_schedule, stop, write_whole,
 )  # fmt: skip
@@ -185,6 +186,8 @@ def labelled(pictures, pixels, sizes, seed, device, per_class=0):
     if per_class:
         train = train[torch.randperm(len(train), generator=generator_for(seed, 4))]
         train = torch.cat([train[labels[train] == label][:per_class] for label in labels[train].unique()])
+    if len(labels[train].unique()) < 2 or len(test) == 0:
+        stop("no readable pictures of two classes or more to train probes on, or none to test them on")
     loader = Loader(pixels, sizes, train, min(64, len(train)), seed, device)
     return Labelled(loader, labels, train, test, len(pictures.classes))
 
@@ -266,6 +269,8 @@ def evaluate(features, data, config, epochs, seed):
 
 def supervise(encoder, data, config, epochs, recipe, device, dtype=None, use_compile=False):
     """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining."""
+    if dtype == torch.float16:
+        dtype = None  # half precision's gradients would need scaling, and this is the yardstick
     torch.manual_seed(recipe["seed"])
     probe = SimpleProbe(config.dim, data.classes).to(device).train()
     encoder = encoder.to(device).requires_grad_(True).train()
@@ -387,13 +392,14 @@ def several_runs(figures):
 def probe_checkpoint(path, args, device, dtype, use_compile):
     """Everything about one checkpoint: the table, eval.json, pictures.  → (step, {encoder: {probe: figures}})"""
     saved = load_run(path)
-    trained = load_encoder(path, args.encoder)
+    trained = load_encoder(saved, args.encoder)
     recipe, config, seed = saved["recipe"], trained.config, saved["recipe"]["seed"]
     dataset, same = args.dataset or recipe["dataset"], args.dataset in (None, recipe["dataset"])
     data_dir = args.data_dir or (recipe["data_dir"] if same else "data")
     recipe = recipe | {"skip_bad_images": args.skip_bad_images or recipe["skip_bad_images"]}
     epochs = recipe["probe_epochs"] if args.epochs is None else args.epochs
-    folder = Path(path).parent
+    folder, tag = Path(path).parent, Path(path).stem.removeprefix("ckpt")  # ckpt-0005.pt: eval-0005.json
+    check_writable(folder)
     pictures = list_pictures(dataset, data_dir, recipe["pictures"] if same else RECIPES[dataset]["pictures"])
     if len(pictures.classes) < 2 or pictures.train == len(pictures.items):
         stop(
@@ -419,27 +425,26 @@ def probe_checkpoint(path, args, device, dtype, use_compile):
     if args.from_scratch:
         results["from scratch"] = supervise(untrained(), *settings)
     if args.finetune:
-        results["fine-tuned"] = supervise(load_encoder(path, args.encoder), *settings)
+        results["fine-tuned"] = supervise(load_encoder(saved, args.encoder), *settings)
     print_table(results, one_run)
 
     report = dict(
         checkpoint=path, encoder=args.encoder, step=saved["step"], dataset=dataset, labels=args.labels,
         probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"], results=results,
     )  # fmt: skip
-    write_whole(folder / "eval.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
-    written = [folder / "eval.json"]
+    written = [folder / f"eval{tag}.json"]
+    write_whole(written[0], lambda file: file.write(json.dumps(report, indent=1).encode()))
     if not args.no_pca:
-        rows = data.test[torch.randperm(len(data.test), generator=generator_for(seed, 3))[:6]]
+        generator = generator_for(seed, 5)
+        rows = data.test[torch.randperm(len(data.test), generator=generator)[:6]]
         images = crop_and_resize(pixels[rows], centre_crops(sizes[rows]), None, config.image_size).to(device)
-        save_image(folder / "pca.png", pca_picture(features["trained"], images))
-        written.append(folder / "pca.png")
+        written.append(folder / f"pca{tag}.png")
+        save_image(written[-1], pca_picture(features["trained"], images))
         if config.tokenizer != "patch":
-            mask = config.grid, config.mask_ratio, config.masking, generator_for(seed, 5)
+            mask = config.grid, config.mask_ratio, config.masking, generator
             visible = sample_masks(2, *mask).to(device)
-            save_image(
-                folder / "leak.png", leak_picture(trained.tokenizer, images[:2], visible[: len(images)])
-            )
-            written.append(folder / "leak.png")
+            written.append(folder / f"leak{tag}.png")
+            save_image(written[-1], leak_picture(trained.tokenizer, images[:2], visible[: len(images)]))
     print(f"\nwrote {', '.join(map(str, written))}")
     return saved["step"], results
 
@@ -453,19 +458,18 @@ def main(argv=None):
     runs = [probe_checkpoint(path, args, device, dtype, use_compile) for path in args.checkpoints]
     if len(runs) == 1:
         return
-    steps, results = zip(*runs)
-    if len(set(steps)) > 1:  # checkpoints of one run: how the probes fare as it goes on
-        curves = {
-            f"{probe}, top-1, %": [run["trained"][probe][0] for run in results]
-            for probe in results[0]["trained"]
-        }
-        path = Path(args.checkpoints[-1]).parent / "probes.png"
+    folders = {Path(path).parent for path in args.checkpoints}
+    if len(folders) == 1:  # one run: how its probes fare as it goes on
+        steps, results = zip(*sorted(runs, key=lambda run: run[0]))
+        probes = results[0]["trained"]
+        curves = {f"{probe}, top-1 in %": [run["trained"][probe][0] for run in results] for probe in probes}
+        path = folders.pop() / "probes.png"
         draw_curves(path, steps, curves)
         print(f"wrote {path}")
     else:
         print(f"\nmean ± standard deviation of {len(runs)} runs")
-        first = results[0]
-        gathered = {e: {p: [run[e][p] for run in results] for p in first[e]} for e in first}
+        first = runs[0][1]
+        gathered = {e: {p: [results[e][p] for _, results in runs] for p in first[e]} for e in first}
         print_table(gathered, several_runs)
 
 

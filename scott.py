@@ -197,7 +197,7 @@ class MaskedConv2d(nn.Conv2d):
 class MaskedMaxBlurPool(nn.Module):
     """Halve a feature map: the maximum of each 2×2 window, then a blur, then drop every second pixel.
 
-    The blur is what makes dropping pixels harmless: without it the result changes when the image moves by one
+    The blur makes dropping pixels less harmful: without it the result changes when the image moves by one
     pixel (Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"). Both steps look past the mask's
     edge, so the hidden places are set to zero again afterwards.
 
@@ -216,6 +216,22 @@ class MaskedMaxBlurPool(nn.Module):
         return hide(x, visible)
 
 
+def check_images(images, visible):
+    """Return the grid side g of a batch of images; ValueError if the shapes can't be right."""
+    B, C, H, W = images.shape if images.dim() == 4 else (0, 0, 0, 0)
+    if C != 3 or H != W or H % PATCH or H < 2 * PATCH:
+        raise ValueError(
+            f"images are {tuple(images.shape)}, they must be [B, 3, H, H] with H a multiple of "
+            f"{PATCH}, {2 * PATCH} or more"
+        )
+    grid = H // PATCH
+    if visible is not None and (visible.shape != (B, grid**2) or visible.dtype != torch.bool):
+        raise ValueError(
+            f"visible is {visible.dtype} {tuple(visible.shape)}, it must be torch.bool {(B, grid**2)}"
+        )
+    return grid
+
+
 class Tokenizer(nn.Module):
     """Cut an image into N tokens, each a vector of D features of one 16×16 px cell and what lies around it.
 
@@ -225,7 +241,7 @@ class Tokenizer(nn.Module):
     into visible tokens, so the mask is an argument, and stands after every layer that looks around.
 
     images [B, 3, H, H], visible bool [B, N] or None (everything is visible)  →  [B, N, D]
-    Hidden places come out as zeros. "patch" ignores the mask: its cells do not overlap.
+    Hidden places come out as zeros ("patch" ignores the mask, for its cells do not overlap).
     """
 
     def __init__(self, config):
@@ -254,22 +270,6 @@ class Tokenizer(nn.Module):
             x = F.relu(self.conv2(x, visible))  # [B, D, H/8, H/8]
             x = self.pool2(x, visible)  # [B, D, g, g]
         return x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
-
-
-def check_images(images, visible):
-    """Return the grid side g of a batch of images; ValueError if the shapes can't be right."""
-    B, C, H, W = images.shape if images.dim() == 4 else (0, 0, 0, 0)
-    if C != 3 or H != W or H % PATCH or H < 2 * PATCH:
-        raise ValueError(
-            f"images are {tuple(images.shape)}, they must be [B, 3, H, H] with H a multiple of "
-            f"{PATCH}, {2 * PATCH} or more"
-        )
-    grid = H // PATCH
-    if visible is not None and (visible.shape != (B, grid**2) or visible.dtype != torch.bool):
-        raise ValueError(
-            f"visible is {visible.dtype} {tuple(visible.shape)}, it must be torch.bool {(B, grid**2)}"
-        )
-    return grid
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,11 +572,12 @@ def load_encoder(checkpoint, which="context", device="cpu"):
         tokens = encoder(images)  # images [B, 3, H, H], normalised with ImageNet's mean and deviation
         features = layer_norm(tokens).mean(dim=1)  # [B, D]
 
-    checkpoint is a path, which is "context" or "target". Raises ValueError if the file is anything else.
+    checkpoint is a path, or what load_checkpoint returned; which is "context" or "target". Raises ValueError
+    for anything else.
     """
     if which not in ("context", "target"):
         raise ValueError(f"which is {which!r}, it must be 'context' or 'target'")
-    saved = load_checkpoint(checkpoint)
+    saved = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     encoder = Encoder(Config(**saved["config"]))
     prefix = f"{which}_encoder."
     weights = {name.removeprefix(prefix): w for name, w in saved["model"].items() if name.startswith(prefix)}

@@ -102,7 +102,11 @@ def stop(message):
 
 
 def generator_for(*key):
-    """A torch.Generator for a key of whole numbers such as (seed, step): the same key, the same draws."""
+    """A torch.Generator for a key of whole numbers: the same key, the same draws.
+
+    The keys: (seed, 0, epoch) order of the pictures; (seed, 1, step) crops, colours and masks; (seed, 2) which
+    pictures; (seed, 3, step, rank) dropout under torchrun; in eval.py (seed, 4) which labels, (seed, 5) pictures.
+    """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -240,6 +244,8 @@ def list_pictures(dataset, data_dir, count=0):
     """Find a data set's pictures; torchvision downloads pets and flowers first. count: how many critters."""
     data_dir = Path(data_dir)
     if dataset == "critters":
+        if count < 20:
+            stop(f"pictures is {count}, critters need 20 or more")
         test = count // 4
         parts = [critters(count - test, seed=0), critters(test, seed=1)]
         parts = [(part, [species for species, _ in part]) for part in parts]
@@ -278,7 +284,8 @@ def list_folder(data_dir):
     splits = [data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()]
     if data_dir / "train" not in splits or not any(path.is_dir() for path in (data_dir / "train").iterdir()):
         names = (path for path in data_dir.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        paths = sorted(path for path in names if not path.is_dir())
+        # What lies beside a checkpoint is what a run has drawn, not what it is to learn from.
+        paths = sorted(path for path in names if not path.is_dir() and not (path.parent / "ckpt.pt").exists())
         if not paths:
             stop(f"no pictures in {data_dir} (their names must end in {' '.join(IMG_EXTENSIONS)})")
         return [(paths, [-1] * len(paths))], []
@@ -398,13 +405,18 @@ def fill(pixels, items, what):
             image = open_picture(items[i], side)
         except Exception as error:  # a damaged file can lead Pillow to any error
             if isinstance(error, OSError) and error.errno:  # but this is the system's: the file may be whole
-                stop(f"cannot read {items[i]} ({error.strerror})")
+                raise
             return 0, 0
         pixels[i] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         return image.size
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
-        sizes = list(tqdm(pool.map(decode, range(len(items))), what, len(items), leave=False, disable=None))
+        sizes = tqdm(pool.map(decode, range(len(items))), what, len(items), leave=False, disable=None)
+        try:
+            sizes = list(sizes)
+        except OSError as error:
+            pool.shutdown(cancel_futures=True)
+            stop(f"cannot read {error.filename} ({error.strerror})")
     return torch.tensor(sizes, dtype=torch.float32)
 
 
@@ -499,6 +511,13 @@ def crop_and_resize(pixels, crops, flip, out):
     return images.clamp(0, 1)  # bicubic weights can be negative and overshoot
 
 
+def to_device(tensor, device):
+    """A copy on the device. A GPU's is made without waiting for it, which is safe from pinned memory only."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def luminance(images):
     """[B, 3, H, W] → [B, 1, H, W]"""
     red, green, blue = images.split(1, dim=1)
@@ -554,12 +573,12 @@ def apply_colours(images, order, active, factor):
     order and active (from draw_colours) stay on the CPU, where the rows that an operation touches are found
     without asking the device.
     """
-    factor = factor.to(images.device, non_blocking=True)
+    factor = to_device(factor, images.device)
     for step in range(order.shape[1]):
         for number, operation in enumerate(OPERATIONS):
             rows = (active[:, number] & (order[:, step] == number)).nonzero().squeeze(1)
             if len(rows):
-                rows = rows.to(images.device, non_blocking=True)
+                rows = to_device(rows, images.device)
                 images[rows] = operation(images[rows], factor[rows, number].view(-1, 1, 1, 1))
     return images
 
@@ -590,15 +609,9 @@ class Loader:
         order = torch.randperm(len(self.rows), generator=generator_for(self.seed, 0, epoch))
         return self.rows[order[i * self.batch_size : (i + 1) * self.batch_size]]
 
-    def to_device(self, tensor):
-        """A copy on the device, for which the CPU does not wait: that takes pinned memory."""
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
     def read(self, rows):
         """The pictures' pixels on the device, uint8 [B, 3, S, S]."""
-        return self.to_device(self.pixels[self.to_device(rows) if self.pixels.is_cuda else rows])
+        return to_device(self.pixels[to_device(rows, self.pixels.device)], self.device)
 
     def batch(self, step, views, masks=None):
         """Everything that step needs, drawn and read: a tuple for make_views, the rows, and the masks.
@@ -613,8 +626,9 @@ class Loader:
 
         rows, crops, flip = rows[self.share], crops[self.share], flip[self.share]
         colours = [drawn.view(views, -1, 6)[:, self.share].flatten(0, 1) for drawn in colours]
-        visible = self.to_device(visible[self.share]) if masks else None
-        return (self.read(rows), self.to_device(crops), self.to_device(flip), colours), rows, visible
+        visible = to_device(visible[self.share], self.device) if masks else None
+        crops, flip = to_device(crops, self.device), to_device(flip, self.device)
+        return (self.read(rows), crops, flip, colours), rows, visible
 
 
 def make_views(pixels, crops, flip, colours, image_size):
@@ -691,6 +705,8 @@ def choose_device(name=None):
     """The device called `name`, or the best there is."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        stop(f"device is {name!r}, it must be cuda, mps or cpu")
     if name == "cuda":  # under torchrun each process has a GPU of its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -740,7 +756,7 @@ def write_whole(path, write):
 
 
 def save_metrics(path, rows):
-    lines = [",".join(COLUMNS)] + [",".join(f"{row[name]:.6g}" for name in COLUMNS) for row in rows]
+    lines = [",".join(COLUMNS)] + [",".join(f"{row[name]:.9g}" for name in COLUMNS) for row in rows]
     write_whole(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
 
 
@@ -873,8 +889,10 @@ def read_arguments(argv):
 
 def check_recipe(recipe):
     """Stop at the first entry that cannot work; returns the model's Config."""
-    positive = [(name, recipe[name] >= 1, "1 or more") for name in ("epochs", "batch_size", "probe_epochs")]
-    for name, holds, must_be in positive + [
+    for name, holds, must_be in [
+        ("epochs", recipe["epochs"] >= 1, "1 or more"),
+        ("probe_epochs", recipe["probe_epochs"] >= 1, "1 or more"),
+        ("batch_size", recipe["batch_size"] >= 2, "2 or more: target_std compares images"),
         ("cache_side", 16 <= recipe["cache_side"] <= 8192, "from 16 to 8192"),
         ("lr", 0 < recipe["lr"] < math.inf, "more than 0"),
         ("momentum", 0 <= recipe["momentum"] <= 1, "from 0 to 1"),
@@ -932,8 +950,10 @@ def load_run(path):
 def join_processes(device, batch_size):
     """(this process's number, how many there are): (0, 1) unless torchrun started several."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if batch_size % ranks:
-        stop(f"batch_size is {batch_size}, it must be divisible by the number of processes ({ranks})")
+    if batch_size % ranks or batch_size < 2 * ranks:
+        stop(
+            f"batch_size is {batch_size}, it must be two or more for each of {ranks} processes, the same for all"
+        )
     if ranks > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -1185,13 +1205,15 @@ def main(argv=None):
         # … and the target encoder follows slowly.
         model.update_target(momentum)
 
+        if saving and saving.done():
+            saving.result()  # ends the program if the disk is full
         journal.log.append(torch.stack([loss.detach(), target_deviation(target)]))
         journal.show(bar, step, lr)
         last = step == last_step or len(signals) > 0
-        if step == first_step and not last:
-            journal.lap(step)
         epoch_ends = step % loader.steps_per_epoch == 0
         if not (epoch_ends or last):
+            if step == first_step:
+                journal.lap(step)
             continue
 
         numbers = journal.numbers(step)
@@ -1236,10 +1258,12 @@ def run(program):
     try:
         program()
     except (RuntimeError, MemoryError) as error:  # torch has no error of its own for a CPU out of memory
+        if any(missing in str(error) for missing in ("No working C++ compiler", "Failed to find C compiler")):
+            stop("torch.compile finds no C++ compiler: install one, or use --no-compile")
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
         if not full:
             raise
-        stop("out of memory; what was saved is whole. Lower --batch-size or --image-size, or try --precision")
+        stop("out of memory; what was saved is whole. Use smaller batches or images, or --precision bf16")
 
 
 if __name__ == "__main__":
