@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from scott import MIMJEPA, SwiGLU, hide, init_linear, layer_norm, load_encoder, sample_masks
 from train import (
-    RECIPES, Loader, Parser, add_device_arguments, centre_crops, check_writable, choose_device, choose_precision,
-    crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run, make_optimizer, make_views, normalise,
-    run, save_image, schedules, set_schedule, stop, write_whole,
+    RECIPES, Loader, Parser, add_device_arguments, centre_crops, check_writable, choose_device,
+    choose_precision, crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run,
+    make_optimizer, make_views, normalise, run, save_image, schedules, set_schedule, stop, write_whole,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def several_runs(figures):
 
 
 def probe_checkpoint(path, args, device, dtype, use_compile):
-    """Everything about one checkpoint: the table, eval.json, pictures.  → (step, {encoder: {probe: figures}})"""
+    """All about one checkpoint: table, eval.json, pictures.  → (step, {encoder: {probe: figures}})"""
     saved = load_run(path)
     trained = load_encoder(saved, args.encoder)
     recipe, config, seed = saved["recipe"], trained.config, saved["recipe"]["seed"]

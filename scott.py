@@ -26,6 +26,7 @@ Letters used for sizes all along:
 
 import math
 import random
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class Config:
     depth: int = 12  # blocks of the encoder
     heads: int = 4  # attention heads, in encoder and predictor alike
     predictor_depth: int = 3
-    # "scott": masked convolutions. To compare with: "dense", the same without re-masking; "patch", a plain ViT's
+    # "scott": masked convolutions. To compare with: "dense", the same not masked again; "patch", a plain ViT's
     tokenizer: str = "scott"
     dropout: float = 0.2  # after adding positions, and on what attention adds to the residual stream
     attention_dropout: float = 0.1  # on the attention weights
@@ -546,6 +547,9 @@ def load_checkpoint(path):
     the file.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the checksums
+            if archive.testzip() is not None:
+                raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None

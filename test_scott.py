@@ -141,7 +141,7 @@ def test_every_convolution_and_every_pool_is_masked_again():
 
 
 def test_without_re_masking_the_hole_fills_up_though_hidden_pixels_stay_out():
-    """tokenizer="dense" is what re-masking is measured against: the same layers, on the visible part alone."""
+    """tokenizer="dense", what re-masking is measured against: the same layers, on the visible part alone."""
     dense, ours = Tokenizer(replace(SMALL, tokenizer="dense")), Tokenizer(SMALL)
     ours.load_state_dict(dense.state_dict())
     images, visible = torch.randn(4, 3, 96, 96), sample_masks(4, 6)
@@ -1177,10 +1177,12 @@ def test_a_checkpoint_that_is_not_there(capsys, arguments, says):
     ("--dataset cats", "--dataset"), ("--dataset folder --data-dir nowhere", "nowhere"), ("--what", "--what"),
     ("--epochs 0", "epochs"), ("--epochs many", "--epochs"), ("--lr -1", "lr"), ("--lr nan", "lr"),
     ("--image-size 100", "image_size"), ("--mask-ratio 1", "mask_ratio"), ("--device tpu9", "tpu9"),
-    ("--batch-size 1", "batch_size"), ("--device meta", "device"), ("--keep-every 0", "keep_every"), ("--batch-size 50000", "--batch-size"), ("--momentum 2", "momentum"),
+    ("--batch-size 1", "batch_size"), ("--device meta", "device"), ("--keep-every 0", "keep_every"),
+    ("--batch-size 50000", "--batch-size"), ("--momentum 2", "momentum"),
     ("--pretrain-split test", "pretrain_split"), ("--pictures -5", "pictures"),
     ("--max-steps 0", "max_steps"), ("--tokenizer vit", "tokenizer"), ("--seed -1", "seed"),
-    ("--out /dev/null/run", "--out"), ("--dim 8192 --depth 1000", "GB of memory"), ("--cache-side 1", "cache_side"),
+    ("--out /dev/null/run", "--out"), ("--dim 8192 --depth 1000", "GB of memory"),
+    ("--cache-side 1", "cache_side"), ("--pictures 9", "pictures"),
     ("--pictures 5000000 --image-size 2048", "--pictures"), ("--batch-size 4000 --depth 999", "--batch-size"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(capsys, arguments, says):
@@ -1352,7 +1354,8 @@ def test_pictures_of_every_kind_load_as_a_viewer_shows_them(mode):
     (lambda c: c["model"].update(extra=torch.zeros(1)), "extra"),
     (lambda c: c["model"].update({"predictor.head.bias": torch.zeros(3)}), "predictor.head.bias"),
     (lambda c: c.pop("recipe"), "no recipe"), (lambda c: c["recipe"].update(epochs="3"), "no recipe"),
-    (lambda c: c["recipe"].update(dataset="cats"), "no recipe"), (lambda c: c["recipe"].update(lr=-1.0), "lr is"),
+    (lambda c: c["recipe"].update(dataset="cats"), "no recipe"),
+    (lambda c: c["recipe"].update(lr=-1.0), "lr is"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_refused(capsys, damage, says):
     train.main([*CRITTERS, "--max-steps", "1"])
@@ -1365,9 +1368,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(capsys, damage, says):
 
 @pytest.mark.parametrize("damage", [
     lambda c: c.pop("optimizer"), lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda c: c["optimizer"]["state"][0].pop("exp_avg_sq"),
     lambda c: c["optimizer"]["param_groups"].pop(), lambda c: c.pop("random"), lambda c: c.pop("found"),
     lambda c: c.update(random={"cpu": torch.zeros(3)}), lambda c: c.pop("step"), lambda c: c.pop("log"),
-    lambda c: c.update(step="many"), lambda c: c.update(history=[{"epoch": 1}]), lambda c: c.update(seconds=None),
+    lambda c: c.update(step="many"), lambda c: c.update(history=[{"epoch": 1}]),
+    lambda c: c.update(seconds=None),
 ])  # fmt: skip
 def test_a_run_that_cannot_go_on_from_a_checkpoint_says_so(capsys, damage):
     train.main([*CRITTERS, "--max-steps", "5"])
@@ -1393,6 +1398,13 @@ def test_damaged_checkpoints_never_end_in_a_traceback(capsys):
             load_checkpoint("damaged.pt")
         except ValueError as error:
             assert "damaged.pt" in str(error) and "\n" not in str(error)
+    # one bit of one weight is enough
+    weight = load_checkpoint("runs/critters/ckpt.pt")["model"]["predictor.head.weight"]
+    damaged = bytearray(whole)
+    damaged[whole.index(weight.numpy().tobytes()) + 100] ^= 1
+    Path("damaged.pt").write_bytes(damaged)
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint("damaged.pt")
 
 
 class Exploit:

@@ -104,8 +104,8 @@ def stop(message):
 def generator_for(*key):
     """A torch.Generator for a key of whole numbers: the same key, the same draws.
 
-    The keys: (seed, 0, epoch) order of the pictures; (seed, 1, step) crops, colours and masks; (seed, 2) which
-    pictures; (seed, 3, step, rank) dropout under torchrun; in eval.py (seed, 4) which labels, (seed, 5) pictures.
+    The keys: (seed, 0, epoch) order of the pictures; (seed, 1, step) crops, colours, masks; (seed, 2) which
+    pictures; (seed, 3, step, rank) dropout under torchrun; in eval.py (seed, 4) labels, (seed, 5) what is shown.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -114,10 +114,10 @@ def generator_for(*key):
 # Critters: a data set drawn by the computer
 # ------------------------------------------------------------------------------------------------------------
 
-# A species is a form: proportions, ears, eyes, pattern, tail, legs, and which of these parts match. Colours, place,
-# size and pose come from the picture's seed, whatever the species, so no colour tells species apart. But who
-# knows the species knows that hidden legs have the colour of the head in sight, and not that of the tail.
-# That is what predicting hidden places should teach: to foretell one part from another.
+# A species is a form: proportions, ears, eyes, pattern, tail, legs, and which of these parts match. Colours,
+# place, size and pose come from the picture's seed, whatever the species, so no colour tells species apart.
+# But who knows the species knows that hidden legs have the colour of the head in sight, and not that of the
+# tail. That is what predicting hidden places should teach: to foretell one part from another.
 
 CANVAS = 320  # critters are drawn this large, facing right, then shrunk, which smooths their edges
 
@@ -952,7 +952,7 @@ def join_processes(device, batch_size):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % ranks or batch_size < 2 * ranks:
         stop(
-            f"batch_size is {batch_size}, it must be two or more for each of {ranks} processes, the same for all"
+            f"batch_size is {batch_size}, it must be a multiple of the {ranks} processes, two or more for each"
         )
     if ranks > 1:
         if device.type == "cuda":
@@ -1100,8 +1100,9 @@ def restore(saved, path, found, model, optimizer, scaler, journal):
             stop(f"the run in {path} had {saved['found']} pictures, now there are {found}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        if any(v.shape not in ((), p.shape) for p, state in optimizer.state.items() for v in state.values()):
-            raise ValueError("the optimiser's moments are not those of this model")
+        for weights, state in optimizer.state.items():
+            if not weights.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                raise ValueError("the optimiser's moments are not those of this model")
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"]["cpu"])  # dropout goes on where it was
@@ -1263,7 +1264,9 @@ def run(program):
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
         if not full:
             raise
-        stop("out of memory; what was saved is whole. Use smaller batches or images, or --precision bf16")
+        stop(
+            "out of memory; what was saved is whole. Lower train.py's --batch-size or --image-size, or try --precision bf16"
+        )
 
 
 if __name__ == "__main__":
