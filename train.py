@@ -1265,7 +1265,8 @@ def run(program):
         if not full:
             raise
         stop(
-            "out of memory; what was saved is whole. Lower train.py's --batch-size or --image-size, or try --precision bf16"
+            "out of memory; what was saved is whole. Lower train.py's --batch-size or --image-size, or try "
+            "--precision bf16"
         )
 
 
