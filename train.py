@@ -666,7 +666,7 @@ def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, e
 
 
 def training_flops(config):
-    """Floating-point operations to train on one image, a multiply and an add being two: 51.3e9 by default.
+    """Floating-point operations to train on one image, a multiply and an add being two: 51.4e9 by default.
 
     The target encoder runs forward only. Context encoder and predictor run forward and backward, which costs
     twice as much again: one product for the gradient of the weights, one for that of the input. The image
