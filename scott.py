@@ -58,7 +58,7 @@ class Config:
     depth: int = 12  # blocks of the encoder
     heads: int = 4  # attention heads, in encoder and predictor alike
     predictor_depth: int = 3
-    # "scott": masked convolutions. To compare with: "dense", the same not masked again; "patch", a plain ViT's
+    # "scott": masked convolutions. To compare: "dense", the same but not masked again; "patch", a plain ViT's
     tokenizer: str = "scott"
     dropout: float = 0.2  # after adding positions, and on what attention adds to the residual stream
     attention_dropout: float = 0.1  # on the attention weights

@@ -105,7 +105,7 @@ def generator_for(*key):
     """A torch.Generator for a key of whole numbers: the same key, the same draws.
 
     The keys: (seed, 0, epoch) order of the pictures; (seed, 1, step) crops, colours, masks; (seed, 2) which
-    pictures; (seed, 3, step, rank) dropout under torchrun; in eval.py (seed, 4) labels, (seed, 5) what is shown.
+    pictures; (seed, 3, step, rank) dropout under torchrun; in eval.py (seed, 4) labels, (seed, 5) examples.
     """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
@@ -952,7 +952,7 @@ def join_processes(device, batch_size):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % ranks or batch_size < 2 * ranks:
         stop(
-            f"batch_size is {batch_size}, it must be a multiple of the {ranks} processes, two or more for each"
+            f"batch_size is {batch_size}, it must be a multiple of {ranks} (processes), two or more for each"
         )
     if ranks > 1:
         if device.type == "cuda":
