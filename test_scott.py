@@ -1133,7 +1133,7 @@ def test_supervised_training_moves_the_encoder_and_learns(capsys):
     pictures = train.Pictures([None] * 80, labels.tolist(), ["dark", "light"], 60)
     data = probing.labelled(pictures, pixels, torch.full((80, 2), 32.0), 0, torch.device("cpu"))
     config = Config(image_size=32, dim=16, depth=1, heads=2, dropout=0.0)
-    encoder = Encoder(config)
+    encoder = Encoder(config).requires_grad_(False)  # as load_encoder gives it
     weight = encoder.blocks[0].mlp.w3.weight.clone()
     figures = probing.supervise(encoder, data, config, 30, {"seed": 0, "lr": 3e-3}, torch.device("cpu"))
     assert figures["simple"][0] == 100 and not torch.equal(weight, encoder.blocks[0].mlp.w3.weight)
