@@ -871,7 +871,9 @@ def test_the_readme_quotes_the_source_and_its_commands_are_understood():
     readme = Path(__file__).with_name("README.md").read_text()
     quotes = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(quotes) > 5 and all(quote in Path(scott.__file__).read_text() for quote in quotes)
-    commands = re.findall(r"python (train|eval)\.py([^#\n&`]*)", readme)
+    for name, value in [*re.findall(r'^(\w+)="(.*)"$', readme, re.MULTILINE), ("seed", "1")]:
+        readme = readme.replace(f"${name}", value)  # as a shell would
+    commands = re.findall(r"python (train|eval)\.py([^#\n&`;]*)", readme)
     assert len(commands) > 5
     for program, arguments in commands:
         if "…" not in arguments and "--help" not in arguments:
