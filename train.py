@@ -59,8 +59,8 @@ PAPER = dict(
     dropout=0.2, attention_dropout=0.1, drop_path=0.1, mask_ratio=0.6, masking="block",
 )  # fmt: skip
 RECIPES = {
-    # Small enough for a CPU. Pictures and recipe were picked by the linear probe on critters that are drawn
-    # from a third seed: neither trained nor tested on.
+    # Small enough for a CPU. The pictures were picked by the linear probe on critters that are drawn from a
+    # third seed: neither trained nor tested on.
     "critters": PAPER
     | dict(
         pictures=4000, epochs=20, batch_size=32, lr=1e-3, momentum=0.995, probe_epochs=8,
