@@ -979,6 +979,17 @@ def test_the_cache_keeps_proportions_and_notices_changes(monkeypatch):
     assert len(list(Path("photos/cache").iterdir())) == 3  # pixels, sizes, lock
 
 
+def test_the_number_of_workers_changes_no_bit(monkeypatch):
+    for i in range(12):
+        save_picture(Path(f"photos/{i}.png"), i)
+    flags = "--dataset folder --data-dir photos --image-size 32 --dim 32 --depth 1 --batch-size 4 --epochs 1"
+    for workers in (1, 7):
+        monkeypatch.setattr(train.os, "cpu_count", lambda: workers)
+        shutil.rmtree("photos/cache", ignore_errors=True)  # so that it is decoded anew
+        train.main([*flags.split(), "--out", f"by{workers}"])
+    assert load_checkpoint("by1/ckpt.pt")["step"] == 3 and same_state("by1/ckpt.pt", "by7/ckpt.pt")
+
+
 def test_odd_names_links_and_folders_among_the_pictures(capsys):
     for i, name in enumerate(
         ["plain.png", "a b.png", "ünï.png", "new\nline.png", "--flag.png", "%s;$(x).png"]

@@ -71,6 +71,8 @@ RECIPES = {
     "imagenet100": PAPER,
     "folder": PAPER,
 }  # fmt: skip
+# What a checkpoint keeps beside these: which pictures, where, and whether some may be left out.
+PLACE = dict(dataset="critters", data_dir="data", skip_bad_images=False)
 HELP = dict(
     epochs="times each picture is seen",
     batch_size="pictures in a step",
@@ -883,6 +885,10 @@ def read_arguments(argv):
         flag, kind = f"--{name.replace('_', '-')}", type(value)
         group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{HELP[name]} [{value}]")
     args = parser.parse_args(argv)
+    for name in ("max_steps", "keep_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            stop(f"{name} is {value}, it must be 1 or more")
     given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
     return args, given
 
@@ -937,11 +943,9 @@ def load_run(path):
     def kinds(recipe):
         return {name: type(value) for name, value in recipe.items()}
 
-    recipe, known = (
-        saved.get("recipe"),
-        PAPER | {"dataset": "pets", "data_dir": "data", "skip_bad_images": False},
-    )
-    if not isinstance(recipe, dict) or kinds(recipe) != kinds(known) or recipe["dataset"] not in RECIPES:
+    recipe = saved.get("recipe")
+    known = isinstance(recipe, dict) and kinds(recipe) == kinds(PAPER | PLACE)
+    if not known or recipe["dataset"] not in RECIPES:
         stop(f"{path} holds no recipe of this version of train.py")
     check_recipe(recipe)
     return saved
@@ -965,11 +969,7 @@ def join_processes(device, batch_size):
 
 def open_run(args, given, checkpoint_file):
     """The recipe of a new run, and None; or the recipe and the checkpoint of the run that is to go on."""
-    for name in ("max_steps", "keep_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            stop(f"{name} is {value}, it must be 1 or more")
-    saved, recipe = None, RECIPES[args.dataset] | {"data_dir": "data", "skip_bad_images": False} | given
+    saved, recipe = None, RECIPES[args.dataset] | PLACE | given
     check_writable(checkpoint_file.parent)
     if checkpoint_file.exists():
         if not args.resume:
