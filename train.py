@@ -63,7 +63,7 @@ RECIPES = {
     # third seed: neither trained nor tested on.
     "critters": PAPER
     | dict(
-        pictures=4000, epochs=20, batch_size=32, lr=1e-3, momentum=0.995, probe_epochs=8,
+        pictures=4000, epochs=20, batch_size=32, lr=3e-4, momentum=0.99, probe_epochs=8,
         image_size=64, dim=128, depth=4, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
     ),
     "pets": PAPER,
