@@ -1,18 +1,19 @@
-"""SCOTT and MIM-JEPA: a vision transformer that learns from a few thousand unlabelled images.
+"""SCOTT (a sparse convolutional tokenizer for transformers) and MIM-JEPA (masked image modelling in feature
+space): a vision transformer that learns from a few thousand unlabelled images.
 
     Vélez-García, Cazorla, Pomares, "Escaping The Big Data Paradigm in Self-Supervised Representation
     Learning", arXiv 2502.18056. "The paper", below, is this one.
 
 The whole model, in the order in which an image passes through it:
 
-    image ─ Tokenizer ─ Encoder ──────── Predictor ─┐
-            (sees the visible part)                 ├─ loss, on the hidden part only
-    image ─ Tokenizer ─ Encoder, averaged weights ──┘
-            (sees everything)
+    view 1 ─ Encoder (Tokenizer ─ Blocks) ─────── Predictor ─┐
+             sees the visible part                           ├─ loss, on the hidden part only
+    view 2 ─ Encoder (the same, averaged weights) ───────────┘
+             sees everything
 
-Two networks look at one picture. The *context encoder* gets to see 40 % of it; a small *predictor* then
-guesses, for each hidden place, what the *target encoder*, which saw the whole picture, says about that place.
-The guess is not pixels but a vector of features. So there is nothing to gain from getting the texture of fur
+Two networks look at one picture, in two colourings. The *context encoder* gets to see 40 % of it; a small
+*predictor* then guesses, for each hidden place, what the *target encoder*, which saw all, says about it. The
+guess is not pixels but a vector of features. So there is nothing to gain from getting the texture of fur
 right, and much from knowing that what has pointed ears and whiskers here has a tail over there.
 
 Letters used for sizes all along:
@@ -40,15 +41,16 @@ PATCH = 16  # pixels along the side of the cell that one token stands for
 # ------------------------------------------------------------------------------------------------------------
 
 
-def visible_tokens(tokens, mask_ratio):
+def count_visible(tokens, mask_ratio):
     """How many of an image's tokens stay visible: ⌈(1 − mask_ratio) · N⌉, and at least one."""
-    # The 1e-9 keeps rounding from adding a token: in floating point 0.3 · 100 is a little more than 30 here.
+    # The 1e-9 keeps rounding from adding a token: in floating point (1 − 0.7) · 100 is a little more than 30.
     return max(1, math.ceil((1 - mask_ratio) * tokens - 1e-9))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that fixes the model's shape and behaviour. The defaults are the paper's SCOTT-12/16.
+    """Everything that fixes the model's shape and behaviour. The defaults are the paper's SCOTT-12/16
+    (12 blocks, cells of 16 px).
 
     Raises ValueError, naming the value and what it must be, for a combination that cannot work.
     """
@@ -60,9 +62,9 @@ class Config:
     predictor_depth: int = 3
     # "scott": masked convolutions. To compare: "dense", the same but not masked again; "patch", a plain ViT's
     tokenizer: str = "scott"
-    dropout: float = 0.2  # after adding positions, and on what attention adds to the residual stream
+    dropout: float = 0.2  # after adding positions, and on what attention adds to the tokens
     attention_dropout: float = 0.1  # on the attention weights
-    drop_path: float = 0.1  # chance to skip the last block's branches; rises linearly from 0 at the first
+    drop_path: float = 0.1  # chance to skip what the last block adds; rises linearly from 0 at the first
     mask_ratio: float = 0.6  # share of the tokens that is hidden from the context encoder
     masking: str = "block"  # "block": the visible part is made of rectangles; "random": of single tokens
 
@@ -90,7 +92,7 @@ class Config:
         require(self.masking in ("block", "random"), "masking", "'block' or 'random'")
         require(0 < self.mask_ratio < 1, "mask_ratio", "more than 0 and less than 1")
         require(
-            visible_tokens(self.tokens, self.mask_ratio) < self.tokens,
+            count_visible(self.tokens, self.mask_ratio) < self.tokens,
             "mask_ratio",
             f"at least 1/{self.tokens}, to hide at least one of an image's {self.tokens} tokens",
         )
@@ -122,10 +124,10 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
     """
     if masking not in ("block", "random"):
         raise ValueError(f"masking is {masking!r}, it must be 'block' or 'random'")
-    count = visible_tokens(grid**2, mask_ratio)
+    count = count_visible(grid**2, mask_ratio)
     if masking == "random":
-        order = torch.rand(batch, grid**2, generator=generator).argsort(dim=1)  # a permutation a row
-        return order < count
+        rank = torch.rand(batch, grid**2, generator=generator).argsort(dim=1)  # each row: 0 … N − 1, shuffled
+        return rank < count
     # Rectangles are drawn number by number: Python's own generator has no tensor to make for each.
     rng = random.Random(torch.randint(2**62, (), generator=generator).item())
     digits = "".join(f"{block_mask(grid, count, rng):0{grid**2}b}" for _ in range(batch))
@@ -135,9 +137,12 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
 def block_mask(grid, count, rng):
     """One mask with exactly `count` visible cells, a union of rectangles, as a whole number of grid² bits.
 
-    Setting and counting bits is cheaper than array cells, and a GPU needs thousands of masks a second.
+    Each rectangle covers 16 cells or more, until fewer are missing, and its sides are from 0.3 to 3.3 to one.
+    A cell is a bit, the next row's is `grid` bits further: setting and counting bits is cheaper than filling
+    arrays, and a GPU needs thousands of masks a second.
     """
-    column = [sum(1 << grid * row for row in range(height)) for height in range(grid)]  # one cell wide
+    # column[h] is h cells, one above the other. Times a row of `width` bits, it has that row h times.
+    column = [sum(1 << grid * row for row in range(height)) for height in range(grid)]
     visible, missing = 0, count
     # A rectangle is at most grid − 1 on a side. On the smallest grids 16 cells are more than can fit: without
     # this bound no draw would be accepted there, and the loop would not end.
@@ -149,7 +154,7 @@ def block_mask(grid, count, rng):
         if height >= grid or width >= grid:
             continue
         top, left = int(rng.random() * (grid - height + 1)), int(rng.random() * (grid - width + 1))
-        rectangle = column[height] * ((1 << width) - 1) << (grid * top + left)
+        rectangle = (column[height] * ((1 << width) - 1)) << (grid * top + left)
         new = (rectangle & ~visible).bit_count()
         if 0 < new <= missing:  # never overshoot: every image gets the same number of visible tokens
             visible |= rectangle
@@ -165,13 +170,13 @@ def block_mask(grid, count, rng):
 def hide(x, visible):
     """Set a feature map to zero wherever its cell is hidden.
 
-    x [B, C, H, W], visible bool [B, 1, g, g] with g a divisor of H and W  →  [B, C, H, W]
+    x [B, C, S, S], visible bool [B, 1, g, g] with g a divisor of S  →  [B, C, S, S]
     With visible=None everything is visible, and x is returned as it is.
     """
     if visible is None:
         return x
     cell = x.shape[-1] // visible.shape[-1]  # pixels of this feature map along the side of one token's cell
-    visible = visible.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)  # [B, 1, H, W]
+    visible = visible.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)  # [B, 1, S, S]
     return torch.where(visible, x, 0)  # not x · visible: 0 · NaN is NaN, and nothing hidden may come through
 
 
@@ -180,11 +185,10 @@ class MaskedConv2d(nn.Conv2d):
 
     Along the mask's edge a 7×7 kernel computes something for hidden places too, from the visible pixels it
     reaches. If that stayed, the next layer would read it back as if those places had been seen, and layer by
-    layer the hole would fill up. Setting it to zero again keeps the hole's exact shape (this is submanifold
-    sparse convolution, done with dense kernels, as in SparK). There is no bias: it would turn the zeros into
-    something else.
+    layer the hole would fill up. Setting it to zero again keeps the hole's exact shape. This is submanifold
+    sparse convolution (Graham et al. 2017), done with dense kernels as in SparK (Tian et al. 2023).
 
-    x [B, C, H, W], visible [B, 1, g, g] or None  →  [B, C', H/stride, W/stride]
+    x [B, C, S, S], visible [B, 1, g, g] or None  →  [B, C', S/2, S/2]
     """
 
     def __init__(self, in_channels, out_channels):
@@ -202,18 +206,18 @@ class MaskedMaxBlurPool(nn.Module):
     pixel (Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"). Both steps look past the mask's
     edge, so the hidden places are set to zero again afterwards.
 
-    x [B, C, H, W], visible [B, 1, g, g] or None  →  [B, C, H/2, W/2]
+    x [B, C, S, S], visible [B, 1, g, g] or None  →  [B, C, S/2, S/2]
     """
 
     def __init__(self, channels):
         super().__init__()
         row = torch.tensor([1.0, 2.0, 1.0]) / 4
-        # One 3×3 binomial filter a channel; fixed, so neither a parameter nor part of the checkpoint.
+        # One 3×3 binomial filter per channel; fixed, so neither a parameter nor part of the checkpoint.
         self.register_buffer("kernel", (row[:, None] * row).repeat(channels, 1, 1, 1), persistent=False)
 
     def forward(self, x, visible=None):
-        x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, H-1, W-1]
-        x = F.conv2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])  # [B, C, H/2, W/2]
+        x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
+        x = F.conv2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])  # [B, C, S/2, S/2]
         return hide(x, visible)
 
 
@@ -297,7 +301,7 @@ def layer_norm(x):
 
 
 def init_linear(module):
-    """The start of every Linear in the transformer: truncated normal with standard deviation 0.02, bias 0."""
+    """The start of every Linear in the blocks: truncated normal with standard deviation 0.02, bias 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -326,7 +330,7 @@ class Attention(nn.Module):
 
 
 def swiglu_width(dim):
-    """Hidden channels of the feed-forward layer: 8D/3, so its three matrices cost what two of 4D used to."""
+    """Hidden channels of the feed-forward layer: about 8D/3, so three matrices cost what two of 4D would."""
     return 128 * max(1, round(8 * dim / 3 / 128))  # multiples of 128 are what GPUs multiply fastest
 
 
@@ -361,9 +365,9 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """One transformer block.  [B, N, D] → [B, N, D]
 
-    Unlike in most transformers the second LayerNorm stands on the residual stream itself, not only on the
-    branch: what leaves the attention is normalised and *then* added to. That keeps the stream's scale in
-    bounds through all blocks.
+    Attention and feed-forward layer are branches: each adds to what passes by them, the residual stream x.
+    Unlike in most transformers the second LayerNorm stands on the stream itself, not only on the branch: what
+    leaves the attention is normalised and *then* added to. That keeps its scale in bounds through all blocks.
 
     place: which block this is, 1 to depth. It sets the drop-path rate and the scale of the initial weights.
     """
@@ -374,7 +378,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.dim)
         self.drop_path = DropPath(config.drop_path * (place - 1) / max(1, depth - 1))
         self.apply(init_linear)
-        # Each block adds to the residual stream twice; its share shrinks so that the sum does not grow.
+        # Each block adds to the stream twice; the deeper it stands the less, so that the sum grows slowly.
         with torch.no_grad():
             self.attention.proj.weight /= math.sqrt(2 * place)
             self.mlp.w3.weight /= math.sqrt(2 * place)
@@ -398,7 +402,8 @@ class Encoder(nn.Module):
 
     The transformer always sees N tokens. Hidden places carry a learned mask token plus their position (as in
     BEiT), so the encoder knows *where* something is missing, and shapes never change. H may be any multiple
-    of 16 from 32 up, whatever size the encoder was trained at: run it at 448 px for features twice as dense.
+    of 16 from 32 up, whatever size the encoder was trained at: run it at 448 px for features twice as dense
+    (the places beyond those it was trained on are new to it).
     """
 
     def __init__(self, config):
@@ -459,10 +464,10 @@ class Predictor(nn.Module):
                 f"tokens are {tuple(tokens.shape)}, they must be [B, N, D] with N, D = "
                 f"{tuple(self.positions.shape)}"
             )
-        x = self.dropout(tokens + self.positions)
+        x = self.dropout(tokens + self.positions)  # once more: a hidden place must know which one it is
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(F.silu(x)))
+        return self.head(self.norm(F.silu(x)))  # the SiLU before the norm is the paper's
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -473,10 +478,10 @@ class Predictor(nn.Module):
 def jepa_loss(prediction, target, visible):
     """How far the prediction is from the target, in feature space and at the hidden places only.  → scalar
 
-    Smooth-L1 (β = 1), mean over the D channels and the hidden tokens of each image, then over the batch.
+    Smooth-L1 (β = 1), mean over the D channels and the hidden tokens of an image, then over the batch.
     Visible places do not count: the context encoder saw them, so matching them would teach it to copy.
 
-    prediction, target [B, N, D]; visible bool [B, N], with at least one hidden token an image.
+    prediction, target [B, N, D]; visible bool [B, N], with at least one hidden token in each image.
     """
     shapes = prediction.shape == target.shape and visible.shape == prediction.shape[:2]
     if not shapes or visible.dtype != torch.bool:
@@ -577,7 +582,7 @@ def load_encoder(checkpoint, which="context", device="cpu"):
         features = layer_norm(tokens).mean(dim=1)  # [B, D]
 
     checkpoint is a path, or what load_checkpoint returned; which is "context" or "target". Raises ValueError
-    for anything else.
+    for another `which`, or a file that is no checkpoint.
     """
     if which not in ("context", "target"):
         raise ValueError(f"which is {which!r}, it must be 'context' or 'target'")

@@ -34,7 +34,7 @@ import scott
 import train
 from scott import (
     MIMJEPA, Config, Encoder, MaskedConv2d, MaskedMaxBlurPool, Predictor, SwiGLU, Tokenizer, jepa_loss,
-    layer_norm, load_checkpoint, load_encoder, position_embedding, sample_masks, visible_tokens,
+    layer_norm, load_checkpoint, load_encoder, position_embedding, sample_masks, count_visible,
 )  # fmt: skip
 
 SMALL = Config(image_size=96, dim=32, depth=2, heads=2, predictor_depth=2)
@@ -71,7 +71,7 @@ def leak(tokenizer, images, visible):
 
 @pytest.mark.parametrize("image_size", [32, 48, 96, 224])
 @pytest.mark.parametrize("masking", ["block", "random"])
-def test_hidden_pixels_do_not_move_visible_tokens_by_one_bit(image_size, masking):
+def test_hidden_pixels_do_not_move_count_visible_by_one_bit(image_size, masking):
     tokenizer = Tokenizer(replace(SMALL, image_size=image_size))
     images, visible = (
         torch.randn(4, 3, image_size, image_size),
@@ -210,18 +210,18 @@ def test_the_patch_tokenizer_cuts_separate_patches_row_by_row():
 
 
 @pytest.mark.parametrize("masking", ["block", "random"])
-def test_every_mask_has_the_same_number_of_visible_tokens_on_any_grid_at_any_ratio(masking):
+def test_every_mask_has_the_same_number_of_count_visible_on_any_grid_at_any_ratio(masking):
     for grid in (2, 3, 4, 5, 7, 14, 28):
         for ratio in (0.001, 0.1, 0.3, 0.5, 0.6, 0.75, 0.9, 0.999):
             masks = sample_masks(4, grid, ratio, masking)
             assert masks.shape == (4, grid**2) and masks.dtype == torch.bool
-            assert (masks.sum(1) == visible_tokens(grid**2, ratio)).all()
+            assert (masks.sum(1) == count_visible(grid**2, ratio)).all()
 
 
 def test_visible_counts_are_the_papers_and_free_of_rounding():
-    assert visible_tokens(196, 0.6) == 79
+    assert count_visible(196, 0.6) == 79
     # 100 · 0.3 is 30; in floating point (1 − 0.7) · 100 is a little more
-    assert [visible_tokens(100, ratio / 100) for ratio in range(1, 100)] == list(range(99, 0, -1))
+    assert [count_visible(100, ratio / 100) for ratio in range(1, 100)] == list(range(99, 0, -1))
 
 
 @pytest.mark.parametrize("masking", ["block", "random"])
@@ -1260,8 +1260,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_alone(capsys, monkeypatch):
     monkeypatch.setattr(train, "save_metrics", lambda *_: None)
     monkeypatch.setattr(train, "draw_curves", lambda *_: None)
     error = refused(capsys, train, *CRITTERS, "--resume")
-    assert "No space left" in error and "ckpt.pt" in error
+    assert "No space left" in error and "ckpt.pt" in error and "--resume" in error
     assert Path("runs/critters/ckpt.pt").read_bytes() == before
+
+
+def test_a_folder_that_vanishes_in_the_middle_of_a_run_is_one_line(capsys, monkeypatch):
+    save = train.save_metrics
+    monkeypatch.setattr(train, "save_metrics", lambda *row: (shutil.rmtree("runs"), save(*row)))
+    assert "cannot write runs" in refused(capsys, train, *CRITTERS)
 
 
 def test_no_memory_left_is_one_line_and_leaves_the_last_checkpoint_alone(capsys, monkeypatch):

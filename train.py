@@ -352,7 +352,7 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
     try:
         files = [(os.path.relpath(path, data_dir), os.stat(path)) for path in pictures.items]
     except OSError as error:  # such as a link to nowhere
-        stop(f"cannot read {error.filename} ({error.strerror}): mend or remove it")
+        stop(f"cannot read {error.filename} ({error.strerror}): mend it, remove it, or unpack it again")
     stamp = repr([(path, info.st_size, info.st_mtime_ns) for path, info in files])
     target = folder / f"{dataset}-{side}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
     sizes_file = target.with_suffix(".sizes.npy")
@@ -362,9 +362,8 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once: one builds, the other waits here
         if not target.exists():
-            for old in folder.glob(
-                f"{dataset}-{side}-{'?' * 16}.*"
-            ):  # of other pictures, or of a build that was killed
+            # What is there is of other pictures, or of a build that was killed.
+            for old in folder.glob(f"{dataset}-{side}-{'?' * 16}.*"):
                 old.unlink()
             build_cache(target, sizes_file, pictures.items, side)
         pixels = np.load(target, mmap_mode="c")  # copy on write: writable for torch, the file stays as it is
@@ -754,7 +753,10 @@ def write_whole(path, write):
         os.replace(building, path)
     except OSError as error:
         building.unlink(missing_ok=True)
-        stop(f"cannot write {path} ({error.strerror}); what was saved before is whole")
+        stop(
+            f"cannot write {path} ({error.strerror}); what was saved before is whole. Make room or mend the "
+            "folder, and start again (train.py: with --resume)"
+        )
 
 
 def save_metrics(path, rows):
@@ -877,7 +879,7 @@ def read_arguments(argv):
     parser.add_argument("--out", help="where the run's files go (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--max-steps", type=int, help="stop after so many; the schedules stay as they are")
-    parser.add_argument("--keep-every", type=int, help="also keep every so manieth epoch, as ckpt-EPOCH.pt")
+    parser.add_argument("--keep-every", type=int, help="also keep every Nth epoch, as ckpt-EPOCH.pt")
     add_device_arguments(parser)
     about = "Every entry of a recipe is a flag. In brackets: the paper's value (critters has its own)."
     group = parser.add_argument_group("recipe", about)
@@ -1146,9 +1148,8 @@ def main(argv=None):
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     forward = torch.compile(model, fullgraph=True) if use_compile else model
     if ranks > 1:
-        torch.manual_seed(
-            generator_for(recipe["seed"], 3, step, rank).initial_seed()
-        )  # dropout: each its own
+        # Each process drops out what it likes.
+        torch.manual_seed(generator_for(recipe["seed"], 3, step, rank).initial_seed())
         forward = DistributedDataParallel(forward)
 
     say = print if rank == 0 else lambda *_: None
@@ -1221,8 +1222,8 @@ def main(argv=None):
         row = journal.row(step, numbers, lr, weight_decay, momentum)
         if row["target_std"] < 0.1 and rank == 0:
             bar.write(
-                f"warning: target_std is {row['target_std']:.3f}, the encoder is collapsing: all tokens "
-                "look alike to it. Try a --momentum nearer to 1, or a lower --lr."
+                f"warning: target_std is {row['target_std']:.3f}, the encoder is collapsing: all "
+                "images look alike to it. Try a --momentum nearer to 1, or a lower --lr."
             )
         metrics = journal.history + [row]
         if epoch_ends:
