@@ -29,7 +29,7 @@ from scott import MIMJEPA, SwiGLU, hide, init_linear, layer_norm, load_encoder, 
 from train import (
     RECIPES, Loader, Parser, add_device_arguments, centre_crops, check_writable, choose_device,
     choose_precision, crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run,
-    make_optimizer, make_views, normalise, run, save_image, schedules, set_schedule, stop, write_whole,
+    make_optimizer, normalise, run, save_image, schedules, set_schedule, stop, write_whole,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Labelled:
     classes: int
 
 
-def labelled(pictures, pixels, sizes, seed, device, per_class=0):
+def labelled(pictures, pixels, sizes, seed, device, per_class=0, use_compile=False):
     """Split the readable pictures; per_class: keep so many labelled ones of each class, 0 for all."""
     labels = torch.tensor(pictures.labels)
     rows = torch.arange(len(labels)).tensor_split([pictures.train])
@@ -188,7 +188,7 @@ def labelled(pictures, pixels, sizes, seed, device, per_class=0):
         train = torch.cat([train[labels[train] == label][:per_class] for label in labels[train].unique()])
     if len(labels[train].unique()) < 2 or len(test) == 0:
         stop("no readable pictures of two classes or more to train probes on, or none to test them on")
-    loader = Loader(pixels, sizes, train, min(64, len(train)), seed, device)
+    loader = Loader(pixels, sizes, train, min(64, len(train)), seed, device, use_compile=use_compile)
     return Labelled(loader, labels, train, test, len(pictures.classes))
 
 
@@ -211,7 +211,9 @@ def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what,
         lr, weight_decay, _ = schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)
         set_schedule(optimizer, lr, weight_decay)
         target = data.labels[rows].to(loader.device)
-        sum(F.cross_entropy(logits, target) for logits in forward(make_views(*draws, image_size))).backward()
+        sum(
+            F.cross_entropy(logits, target) for logits in forward(loader.views(*draws, image_size))
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
     worker.shutdown()
@@ -407,7 +409,7 @@ def probe_checkpoint(path, args, device, dtype, use_compile):
             "train/<class>/… and test/<class>/…"
         )
     pixels, sizes = load_pixels(pictures, dataset, data_dir, folder, recipe)
-    data = labelled(pictures, pixels, sizes, seed, device, args.labels)
+    data = labelled(pictures, pixels, sizes, seed, device, args.labels, use_compile)
     print(
         f"{dataset}: {len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} "
         f"classes; {args.encoder} encoder of {path} at step {saved['step']:,}"

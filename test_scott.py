@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -629,6 +630,23 @@ def test_colour_operations_are_applied_in_the_order_drawn():
         assert torch.allclose(result[i], image[0], atol=1e-5)
 
 
+def test_views_compile_and_are_the_same_views(monkeypatch):
+    """Each function to one graph, however many pictures. (Building C++ code from it would take a minute.)"""
+    monkeypatch.setattr(train.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    data = (
+        smooth_pictures(12, 48, 48),
+        torch.full((12, 2), 48.0),
+        torch.arange(12),
+        12,
+        0,
+        torch.device("cpu"),
+    )
+    loaders = [train.Loader(*data, use_compile=use_compile) for use_compile in (False, True)]
+    for step in (1, 2):  # other numbers of pictures for each operation
+        views, compiled = (loader.views(*loader.batch(step, 2)[0], 32) for loader in loaders)
+        assert torch.allclose(views, compiled, atol=1e-5)
+
+
 def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_takes_every_picture_once():
     pixels, sizes = smooth_pictures(20, 32, 32), torch.full((20, 2), 32.0)
     loaders = [
@@ -651,7 +669,7 @@ def test_both_views_share_the_crop_but_not_the_colours():
         smooth_pictures(8, 64, 64), torch.full((8, 2), 64.0), torch.arange(8), 8, 0, torch.device("cpu")
     )
     draws, _, visible = loader.batch(1, 2, (2, 0.6, "block"))
-    first, second = train.make_views(*draws, 32).chunk(2)
+    first, second = loader.views(*draws, 32).chunk(2)
     assert first.shape == second.shape == (8, 3, 32, 32) and visible.shape == (8, 4)
     # luminance patterns agree wherever no blur was drawn; colours differ
     flat = torch.stack([first.mean(1).flatten(1), second.mean(1).flatten(1)])
@@ -782,7 +800,7 @@ def test_a_step_of_training_is_the_papers():
     first, second = ([torch.zeros_like(p) for p in trained] for _ in range(2))
     for t in (1, 2, 3):
         draws, _, visible = loader.batch(t, 2, (2, 0.6, "block"))
-        model(*train.make_views(*draws, 32).chunk(2), visible).backward()
+        model(*loader.views(*draws, 32).chunk(2), visible).backward()
         lr, decay, momentum = train.schedules(t, 15, 2, **peaks)
         for p, m, v in zip(trained, first, second):
             m.mul_(0.9).add_(0.1 * p.grad)

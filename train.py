@@ -568,7 +568,7 @@ def blur(images, sigma):
 OPERATIONS = (brightness, contrast, saturation, hue, grey, blur)
 
 
-def apply_colours(images, order, active, factor):
+def apply_colours(images, order, active, factor, operations=OPERATIONS):
     """Apply to each image its own operations, in its own order. Changes `images` [B, 3, H, W] in place.
 
     order and active (from draw_colours) stay on the CPU, where the rows that an operation touches are found
@@ -576,7 +576,7 @@ def apply_colours(images, order, active, factor):
     """
     factor = to_device(factor, images.device)
     for step in range(order.shape[1]):
-        for number, operation in enumerate(OPERATIONS):
+        for number, operation in enumerate(operations):
             rows = (active[:, number] & (order[:, step] == number)).nonzero().squeeze(1)
             if len(rows):
                 rows = to_device(rows, images.device)
@@ -592,17 +592,24 @@ def normalise(images):
 class Loader:
     """Makes the batch of a step: picks its pictures, draws crops, colours and masks, all from (seed, step).
 
+    `batch` is for a thread to call ahead of need, `views` then makes on the device what the model sees.
+
     rows: which pictures to use, long [n]. Each epoch takes them in a new random order, and leaves out what
     does not fill a batch.
     """
 
-    def __init__(self, pixels, sizes, rows, batch_size, seed, device, rank=0, ranks=1):
+    def __init__(self, pixels, sizes, rows, batch_size, seed, device, rank=0, ranks=1, use_compile=False):
         self.sizes, self.rows, self.batch_size, self.seed, self.device = sizes, rows, batch_size, seed, device
         self.share = torch.arange(rank, batch_size, ranks)  # of each batch; all of it unless under torchrun
         # A small data set lives on the GPU, next to where it is used.
         fits = device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4
         self.pixels = pixels.to(device) if fits else pixels
         self.steps_per_epoch = len(rows) // batch_size
+        # Compiled, the dozens of small steps of an operation become a kernel or two.
+        functions = crop_and_resize, normalise, *OPERATIONS
+        if use_compile:
+            functions = [torch.compile(function, fullgraph=True) for function in functions]
+        self.crop_and_resize, self.normalise, *self.operations = functions
 
     def pick(self, step):
         """The rows of step 1, 2, …: a slice of the epoch's random order."""
@@ -615,9 +622,9 @@ class Loader:
         return to_device(self.pixels[to_device(rows, self.pixels.device)], self.device)
 
     def batch(self, step, views, masks=None):
-        """Everything that step needs, drawn and read: a tuple for make_views, the rows, and the masks.
+        """Everything that step needs, drawn and read: a tuple for `views`, the rows, and the masks.
 
-        masks: (grid, mask_ratio, masking) for sample_masks.
+        views: how many to make of each picture; masks: (grid, mask_ratio, masking) for sample_masks.
         """
         rows, generator = self.pick(step), generator_for(self.seed, 1, step)
         crops = draw_crops(self.sizes[rows], generator)
@@ -631,12 +638,11 @@ class Loader:
         crops, flip = to_device(crops, self.device), to_device(flip, self.device)
         return (self.read(rows), crops, flip, colours), rows, visible
 
-
-def make_views(pixels, crops, flip, colours, image_size):
-    """Normalised views [V·B, 3, H, H]: one crop of each picture, V times over, each with its own colours."""
-    images = crop_and_resize(pixels, crops, flip, image_size)
-    views = len(colours[0]) // len(images)
-    return normalise(apply_colours(images.repeat(views, 1, 1, 1), *colours))
+    def views(self, pixels, crops, flip, colours, image_size):
+        """Normalised views [V·B, 3, H, H]: one crop of each picture, V times, each with its own colours."""
+        images = self.crop_and_resize(pixels, crops, flip, image_size)
+        images = images.repeat(len(colours[0]) // len(images), 1, 1, 1)
+        return self.normalise(apply_colours(images, *colours, self.operations))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1132,8 +1138,10 @@ def main(argv=None):
     check_memory(config, recipe, device, ranks)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 
+    use_compile = device.type == "cuda" if args.compile is None else args.compile
     pixels, sizes, rows, found = gather(args.dataset, recipe, out, rank, ranks)
-    loader = Loader(pixels, sizes, rows, recipe["batch_size"], recipe["seed"], device, rank, ranks)
+    place = device, rank, ranks, use_compile
+    loader = Loader(pixels, sizes, rows, recipe["batch_size"], recipe["seed"], *place)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
     last_step = min(total_steps, args.max_steps or total_steps)
@@ -1145,7 +1153,6 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=scale_gradients)
     journal = Journal(config, loader, ranks)
     step = restore(saved, checkpoint_file, found, model, optimizer, scaler, journal) if saved else 0
-    use_compile = device.type == "cuda" if args.compile is None else args.compile
     forward = torch.compile(model, fullgraph=True) if use_compile else model
     if ranks > 1:
         # Each process drops out what it likes.
@@ -1187,7 +1194,7 @@ def main(argv=None):
         journal.waited += time.perf_counter() - before
         if step < last_step:
             upcoming = draw(step + 1)
-        context_images, target_images = make_views(*draws, config.image_size).chunk(2)
+        context_images, target_images = loader.views(*draws, config.image_size).chunk(2)
         if step == 1 and rank == 0:
             save_views(out / "views.png", context_images, target_images, visible)
 
