@@ -16,7 +16,6 @@ figures are reported, and every probe is shown.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from scott import MIMJEPA, SwiGLU, hide, init_linear, layer_norm, load_encoder, 
 from train import (
     RECIPES, Loader, Parser, add_device_arguments, centre_crops, check_writable, choose_device,
     choose_precision, crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run,
-    make_optimizer, normalise, run, save_image, schedules, set_schedule, stop, write_whole,
+    make_optimizer, normalise, run, save_image, schedules, set_schedule, stop, worker, write_whole,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,12 +201,12 @@ def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what,
     loader = data.loader
     optimizer = make_optimizer(parameters, loader.device)
     total_steps = epochs * loader.steps_per_epoch
-    worker = ThreadPoolExecutor(1)
-    upcoming = worker.submit(loader.batch, 1, views=1)
+    batches = worker()
+    upcoming = batches.submit(loader.batch, 1, views=1)
     for step in tqdm(range(1, total_steps + 1), what, leave=False, disable=None):
         draws, rows, _ = upcoming.result()
         if step < total_steps:
-            upcoming = worker.submit(loader.batch, step + 1, views=1)
+            upcoming = batches.submit(loader.batch, step + 1, views=1)
         lr, weight_decay, _ = schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)
         set_schedule(optimizer, lr, weight_decay)
         target = data.labels[rows].to(loader.device)
@@ -216,7 +215,7 @@ def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what,
         ).backward()
         optimizer.step()
         optimizer.zero_grad()
-    worker.shutdown()
+    batches.shutdown()
 
 
 def train_probes(features, data, config, epochs, seed):
