@@ -630,6 +630,13 @@ def test_colour_operations_are_applied_in_the_order_drawn():
         assert torch.allclose(result[i], image[0], atol=1e-5)
 
 
+def test_a_worker_computes_on_one_core_and_leaves_the_others_to_training():
+    before = torch.get_num_threads()
+    with train.worker() as thread:
+        assert thread.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == before
+
+
 def test_views_compile_and_are_the_same_views(monkeypatch):
     """Each function to one graph, however many pictures. (Building C++ code from it would take a minute.)"""
     monkeypatch.setattr(train.torch, "compile", partial(torch.compile, backend="aot_eager"))
