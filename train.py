@@ -112,6 +112,32 @@ def generator_for(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
+def write_whole(path, write):
+    """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
+    content = io.BytesIO()  # so that only the disk can fail below
+    write(content)
+    building = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(building, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(building, path)
+    except OSError as error:
+        building.unlink(missing_ok=True)
+        stop(
+            f"cannot write {path} ({error.strerror}); what was saved before is whole. Make room or mend the "
+            "folder, and start again (train.py: with --resume)"
+        )
+
+
+def memory(device):
+    """All the memory the device has, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Critters: a data set drawn by the computer
 # ------------------------------------------------------------------------------------------------------------
@@ -754,35 +780,9 @@ COLUMNS = (
 ).split()
 
 
-def write_whole(path, write):
-    """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
-    content = io.BytesIO()  # so that only the disk can fail below
-    write(content)
-    building = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(building, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
-    except OSError as error:
-        building.unlink(missing_ok=True)
-        stop(
-            f"cannot write {path} ({error.strerror}); what was saved before is whole. Make room or mend the "
-            "folder, and start again (train.py: with --resume)"
-        )
-
-
 def save_metrics(path, rows):
     lines = [",".join(COLUMNS)] + [",".join(f"{row[name]:.9g}" for name in COLUMNS) for row in rows]
     write_whole(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-
-
-def memory(device):
-    """All the memory the device has, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def peak_memory_gb(device):
@@ -827,6 +827,12 @@ def target_deviation(target):
     return target.float().std(dim=0).mean()
 
 
+def save_image(path, image):
+    """Save float [3, H, W] from 0 to 1 as a PNG."""
+    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    write_whole(path, lambda file: Image.fromarray(array).save(file, "PNG"))
+
+
 def save_views(path, context_images, target_images, visible, count=6):
     """Save what the model sees, a row an image: context view, the same with its mask, target view."""
     cell = context_images.shape[-1] // math.isqrt(visible.shape[1])
@@ -860,12 +866,6 @@ def draw_curves(path, steps, curves):
             (edge, top - 16), f"{title}: {low:.4g} to {high:.4g}; steps {steps[0]} to {steps[-1]}", "black"
         )
     write_whole(path, lambda file: canvas.save(file, "PNG"))
-
-
-def save_image(path, image):
-    """Save float [3, H, W] from 0 to 1 as a PNG."""
-    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    write_whole(path, lambda file: Image.fromarray(array).save(file, "PNG"))
 
 
 # ------------------------------------------------------------------------------------------------------------
