@@ -443,7 +443,7 @@ def fill(pixels, items, what):
             sizes = list(sizes)
         except OSError as error:
             pool.shutdown(cancel_futures=True)
-            stop(f"cannot read {error.filename} ({error.strerror})")
+            stop(f"cannot read {error.filename} ({error.strerror}): make it readable or remove it")
     return torch.tensor(sizes, dtype=torch.float32)
 
 
