@@ -201,7 +201,7 @@ def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what,
     loader = data.loader
     optimizer = make_optimizer(parameters, loader.device)
     total_steps = epochs * loader.steps_per_epoch
-    batches = worker()
+    batches = worker(loader.device)
     upcoming = batches.submit(loader.batch, 1, views=1)
     for step in tqdm(range(1, total_steps + 1), what, leave=False, disable=None):
         draws, rows, _ = upcoming.result()

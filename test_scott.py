@@ -632,7 +632,7 @@ def test_colour_operations_are_applied_in_the_order_drawn():
 
 def test_a_worker_computes_on_one_core_and_leaves_the_others_to_training():
     before = torch.get_num_threads()
-    with train.worker() as thread:
+    with train.worker(torch.device("cpu")) as thread:
         assert thread.submit(torch.get_num_threads).result() == 1
     assert torch.get_num_threads() == before
 
