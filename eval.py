@@ -461,7 +461,10 @@ def main(argv=None):
         return
     folders = {Path(path).parent for path in args.checkpoints}
     if len(folders) == 1:  # one run: how its probes fare as it goes on
-        steps, results = zip(*sorted(runs, key=lambda run: run[0]))
+        runs.sort(key=lambda run: run[0])
+        if not args.no_baseline:
+            runs.insert(0, (0, {"trained": runs[0][1]["untrained"]}))  # what training started from
+        steps, results = zip(*runs)
         probes = results[0]["trained"]
         curves = {f"{probe}, top-1 in %": [run["trained"][probe][0] for run in results] for probe in probes}
         path = folders.pop() / "probes.png"

@@ -1177,7 +1177,7 @@ def test_supervised_training_moves_the_encoder_and_learns(capsys):
     assert figures["simple"][0] == 100 and not torch.equal(weight, encoder.blocks[0].mlp.w3.weight)
 
 
-def test_several_checkpoints_are_summed_up_as_mean_and_deviation_or_as_curves(capsys):
+def test_several_checkpoints_are_summed_up_as_mean_and_deviation_or_as_curves(capsys, monkeypatch):
     for seed in ("1", "2"):
         train.main([*CRITTERS, "--seed", seed, "--out", seed, "--keep-every", "2"])
     assert {path.name for path in Path("1").glob("*.pt")} == {"ckpt.pt", "ckpt-0002.pt"}
@@ -1186,9 +1186,16 @@ def test_several_checkpoints_are_summed_up_as_mean_and_deviation_or_as_curves(ca
     first, second = (json.load(open(f"{run}/eval.json"))["results"]["trained"]["linear"][0] for run in "12")
     table = capsys.readouterr().out.split("mean ± standard deviation of 2 runs")[1]
     assert f"{(first + second) / 2:.1f} ± {abs(first - second) / 2**0.5:.1f}" in table
-    probing.main("1/ckpt.pt 1/ckpt-0002.pt --epochs 0 --no-pca --no-baseline".split())
+    drawn = []
+    draw = probing.draw_curves
+    monkeypatch.setattr(probing, "draw_curves", lambda *data: (drawn.append(data), draw(*data)))
+    probing.main("1/ckpt.pt 1/ckpt-0002.pt --epochs 0 --no-pca".split())
     assert json.load(open("1/eval-0002.json"))["step"] == 10 and json.load(open("1/eval.json"))["step"] == 15
     assert Image.open("1/probes.png").size == (640, 2 * 120)
+    [(_, steps, curves)] = drawn  # from the untrained encoder on, at step 0
+    reports = [json.load(open(f"1/eval{tag}.json"))["results"] for tag in ("-0002", "")]
+    linear = [reports[0]["untrained"]["linear"][0], *(report["trained"]["linear"][0] for report in reports)]
+    assert steps == (0, 10, 15) and curves["linear, top-1 in %"] == linear
 
 
 def test_the_leak_picture_shows_the_mask_where_it_holds_and_a_leak_where_it_does_not():
