@@ -137,9 +137,9 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
 def block_mask(grid, count, rng):
     """One mask with exactly `count` visible cells, a union of rectangles, as a whole number of grid² bits.
 
-    Each rectangle covers 16 cells or more, until fewer are missing, and its sides are from 0.3 to 3.3 to one.
-    A cell is a bit, the next row's is `grid` bits further: setting and counting bits is cheaper than filling
-    arrays, and a GPU needs thousands of masks a second.
+    Each rectangle covers about 16 cells or more, until fewer are missing, and is at most 3.3 times as wide as
+    high or as high as wide. A cell is a bit, the next row's is `grid` bits on: to set and count bits is
+    cheaper than to fill arrays, and a GPU needs thousands of masks a second.
     """
     # column[h] is h cells, one above the other. Times a row of `width` bits, it has that row h times.
     column = [sum(1 << grid * row for row in range(height)) for height in range(grid)]

@@ -586,7 +586,8 @@ def blur(images, sigma):
     weight = torch.softmax(-0.5 * (offset / sigma.view(-1, 1)) ** 2, dim=1)  # [B, 9]
     place = torch.arange(-4, H + 4, device=images.device).abs()
     place = torch.where(place < H, place, 2 * H - 2 - place)  # mirrored at both ends: [H + 8]
-    taps = F.one_hot(place, H).float().unfold(0, 9, 1)  # [H, H, 9]: which pixel each tap of each output reads
+    pixel = torch.arange(H, device=images.device)
+    taps = (place[:, None] == pixel).float().unfold(0, 9, 1)  # [H, H, 9]: which pixel each output's taps read
     matrix = (taps @ weight.T).permute(2, 0, 1)[:, None]  # [B, 1, H, H]
     return matrix @ images @ matrix.transpose(2, 3)
 
@@ -605,6 +606,8 @@ def apply_colours(images, order, active, factor, operations=OPERATIONS):
         for number, operation in enumerate(operations):
             rows = (active[:, number] & (order[:, step] == number)).nonzero().squeeze(1)
             if len(rows):
+                if len(rows) == 1:  # rare, and would be compiled anew
+                    operation = OPERATIONS[number]
                 rows = to_device(rows, images.device)
                 images[rows] = operation(images[rows], factor[rows, number].view(-1, 1, 1, 1))
     return images
@@ -621,7 +624,8 @@ def worker(device):
     If that runs on the CPU too, the thread keeps to one core: where both spread over all of them, they wait
     for each other (on two, 180 critters a second instead of 250).
     """
-    cores = 1 if device.type == "cpu" else torch.get_num_threads()
+    cores = torch.get_num_threads()  # to ask settles this thread's own number, before another's is set
+    cores = 1 if device.type == "cpu" else cores
     return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(cores,))
 
 
@@ -1150,8 +1154,8 @@ def main(argv=None):
 
     use_compile = device.type == "cuda" if args.compile is None else args.compile
     pixels, sizes, rows, found = gather(args.dataset, recipe, out, rank, ranks)
-    place = device, rank, ranks, use_compile
-    loader = Loader(pixels, sizes, rows, recipe["batch_size"], recipe["seed"], *place)
+    size, seed = recipe["batch_size"], recipe["seed"]
+    loader = Loader(pixels, sizes, rows, size, seed, device, rank, ranks, use_compile)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
     last_step = min(total_steps, args.max_steps or total_steps)
