@@ -28,7 +28,7 @@ from scott import MIMJEPA, SwiGLU, hide, init_linear, layer_norm, load_encoder, 
 from train import (
     RECIPES, Loader, Parser, add_device_arguments, centre_crops, check_writable, choose_device,
     choose_precision, crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run,
-    make_optimizer, normalise, run, save_image, schedules, set_schedule, stop, worker, write_whole,
+    make_optimizer, normalise, run, save_image, schedules, set_schedule, stop, write_whole,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -201,21 +201,15 @@ def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what,
     loader = data.loader
     optimizer = make_optimizer(parameters, loader.device)
     total_steps = epochs * loader.steps_per_epoch
-    batches = worker(loader.device)
-    upcoming = batches.submit(loader.batch, 1, views=1)
-    for step in tqdm(range(1, total_steps + 1), what, leave=False, disable=None):
-        draws, rows, _ = upcoming.result()
-        if step < total_steps:
-            upcoming = batches.submit(loader.batch, step + 1, views=1)
+    batches = tqdm(loader.batches(1, total_steps, views=1), what, total_steps, leave=False, disable=None)
+    for step, (draws, rows, _) in batches:
         lr, weight_decay, _ = schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)
         set_schedule(optimizer, lr, weight_decay)
         target = data.labels[rows].to(loader.device)
-        sum(
-            F.cross_entropy(logits, target) for logits in forward(loader.views(*draws, image_size))
-        ).backward()
+        losses = [F.cross_entropy(logits, target) for logits in forward(loader.views(*draws, image_size))]
+        sum(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
-    batches.shutdown()
 
 
 def train_probes(features, data, config, epochs, seed):
@@ -253,15 +247,10 @@ def evaluate(features, data, config, epochs, seed):
         batches = tqdm(batches, "extracting features", len(rows.split(64)), leave=False, disable=None)
         return torch.cat([tokens.mean(1) for tokens in batches])
 
-    train, test, labels = (
-        averages(data.train),
-        averages(data.test),
-        data.labels[data.train].to(features.device),
-    )
-    results = {
-        "k-NN": accuracies(knn(train, labels, test, data.classes), data.labels[data.test]),
-        "linear": accuracies(linear(train, labels, test, data.classes), data.labels[data.test]),
-    }
+    train, test = averages(data.train), averages(data.test)
+    labels, truth = data.labels[data.train].to(features.device), data.labels[data.test]
+    results = {"k-NN": accuracies(knn(train, labels, test, data.classes), truth),
+               "linear": accuracies(linear(train, labels, test, data.classes), truth)}  # fmt: skip
     if epochs == 0:
         return results
     probes = train_probes(features, data, config, epochs, seed)
@@ -353,9 +342,7 @@ def read_arguments(argv):
     parser.add_argument("--data-dir", help="where it is (default: as in training; data for another data set)")
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
-    parser.add_argument(
-        "--epochs", type=int, help="for the attentive probes, 0: none (default: the recipe's)"
-    )
+    parser.add_argument("--epochs", type=int, help="of the attentive probes, 0: none (default: the recipe's)")
     parser.add_argument("--labels", type=int, default=0, help="so many labelled pictures a class; 0: all (0)")
     parser.add_argument("--from-scratch", action="store_true", help="also train on the labels alone")
     parser.add_argument("--finetune", action="store_true", help="also train on from the checkpoint by labels")

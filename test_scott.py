@@ -838,7 +838,7 @@ def test_the_collapse_watch_sees_a_collapse(capsys, monkeypatch):
         scott.Tokenizer, "forward", lambda self, images, visible=None: 0 * tokenize(self, images)
     )
     train.main([*CRITTERS, "--max-steps", "5"])
-    assert "collapsing" in capsys.readouterr().out + capsys.readouterr().err
+    assert "collapsing" in "".join(capsys.readouterr())
 
 
 def test_two_processes_train_what_one_trains():
@@ -995,6 +995,8 @@ def test_the_cache_keeps_proportions_and_notices_changes(monkeypatch):
         patch.setattr(train, "fill", None)
         again = train.list_pictures("folder", Path("photos").absolute())
         train.load_pixels(again, "folder", Path("photos").absolute(), "out", recipe)
+        patch.setattr(train.os, "access", lambda *_: False)  # nor need it be writable
+        train.load_pixels(pictures, "folder", "photos", "out", recipe)
     # a build that breaks off leaves nothing that could be taken for whole
     save_picture(Path("photos/b.png"), 3, size=(30, 70))
     with monkeypatch.context() as patch:
@@ -1038,6 +1040,19 @@ def test_odd_names_links_and_folders_among_the_pictures(capsys):
     shutil.rmtree("photos/cache")
     Path("photos/cache").touch()
     assert "cannot write" in refused(capsys, train, *command, "--out", "x")
+
+
+def test_a_picture_that_the_disk_fails_to_read_is_named(capsys, monkeypatch):
+    save_picture(Path("photos/a.png"), 1)
+    save_picture(Path("photos/b.png"), 2)
+
+    def broken(item, side):
+        raise OSError(5, "Input/output error")  # as read() says it, without a name
+
+    monkeypatch.setattr(train, "open_picture", broken)
+    error = refused(capsys, train, "--dataset", "folder", "--data-dir", "photos", *TINY, "--batch-size", 2)
+    assert "photos/a.png (Input/output error)" in error
+    assert not list(Path("photos/cache").glob("*.npy"))
 
 
 def test_no_room_for_the_cache_is_told_before_work_starts(capsys, monkeypatch):

@@ -27,7 +27,6 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 try:
@@ -46,23 +45,39 @@ from torchvision.datasets import Flowers102, ImageFolder, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from scott import FORMAT, MIMJEPA, PATCH, Config, load_checkpoint, sample_masks, swiglu_width
+from scott import FORMAT, MIMJEPA, PATCH, Config, hide, load_checkpoint, sample_masks, swiglu_width
 
 # ------------------------------------------------------------------------------------------------------------
 # Recipes: every entry is also a flag (--batch-size overrides batch_size)
 # ------------------------------------------------------------------------------------------------------------
 
-PAPER = dict(
-    epochs=300, batch_size=64, lr=5e-4, momentum=0.996, seed=47, pretrain_split="all", pictures=0,
-    probe_epochs=100,
-    image_size=224, cache_side=320, dim=384, depth=12, heads=4, predictor_depth=3, tokenizer="scott",
-    dropout=0.2, attention_dropout=0.1, drop_path=0.1, mask_ratio=0.6, masking="block",
-)  # fmt: skip
+RECIPE = dict(  # the paper's value of each entry, and what it is
+    epochs=(300, "times each picture is seen"),
+    batch_size=(64, "pictures in a step"),
+    lr=(5e-4, "peak learning rate"),
+    momentum=(0.996, "of the target's moving average, at the start; it rises to 1"),
+    seed=(47, "of everything random"),
+    pretrain_split=("all", "'all': on the test pictures too (no labels), as in the paper; or 'train'"),
+    pictures=(0, "how many pictures to pretrain on, chosen at random; 0: all (critters: how many to draw)"),
+    probe_epochs=(100, "epochs that eval.py trains its attentive probes for"),
+    image_size=(224, "side H of the model's input, pixels"),
+    cache_side=(320, "side at which decoded pictures are kept, pixels (critters: drawn at image_size)"),
+    dim=(384, "width D of a token"),
+    depth=(12, "blocks of the encoder"),
+    heads=(4, "attention heads"),
+    predictor_depth=(3, "blocks of the predictor"),
+    tokenizer=("scott", "'scott' (masked convolutions), 'dense' (not masked again) or 'patch' (plain ViT)"),
+    dropout=(0.2, "on the tokens and on the output of attention"),
+    attention_dropout=(0.1, "on the attention weights"),
+    drop_path=(0.1, "chance to skip the branches of the last block, rising from 0 at the first"),
+    mask_ratio=(0.6, "share of the tokens hidden from the context encoder"),
+    masking=("block", "'block' (visible rectangles) or 'random' (visible tokens)"),
+)
+PAPER = {name: value for name, (value, _) in RECIPE.items()}
 RECIPES = {
     # Small enough for a CPU: the sizes and epochs fit into ten minutes. Pictures, batch size, learning rate,
     # momentum and mask ratio were picked by the linear probe on critters drawn from a third seed.
-    "critters": PAPER
-    | dict(
+    "critters": PAPER | dict(
         pictures=8000, epochs=13, batch_size=32, lr=3e-4, momentum=0.99, mask_ratio=0.5, probe_epochs=4,
         image_size=64, dim=128, depth=4, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
     ),
@@ -73,28 +88,6 @@ RECIPES = {
 }  # fmt: skip
 # What a checkpoint keeps beside these: which pictures, where, and whether some may be left out.
 PLACE = dict(dataset="critters", data_dir="data", skip_bad_images=False)
-HELP = dict(
-    epochs="times each picture is seen",
-    batch_size="pictures in a step",
-    lr="peak learning rate",
-    momentum="of the target's moving average, at the start; it rises to 1",
-    seed="of everything random",
-    pretrain_split="'all': pretrain on the test pictures too (no labels), as in the paper; or 'train'",
-    pictures="how many pictures to pretrain on, chosen at random; 0: all (critters: how many to draw)",
-    probe_epochs="epochs that eval.py trains its attentive probes for",
-    image_size="side H of the model's input, pixels",
-    cache_side="side at which decoded pictures are kept, pixels (critters: drawn at image_size)",
-    dim="width D of a token",
-    depth="blocks of the encoder",
-    heads="attention heads",
-    predictor_depth="blocks of the predictor",
-    tokenizer="'scott' (masked convolutions), 'dense' (not masked again) or 'patch' (plain ViT)",
-    dropout="on the tokens and on the output of attention",
-    attention_dropout="on the attention weights",
-    drop_path="chance to skip the branches of the last block, rising from 0 at the first",
-    mask_ratio="share of the tokens hidden from the context encoder",
-    masking="'block' (visible rectangles) or 'random' (visible tokens)",
-)
 
 
 def stop(message):
@@ -353,7 +346,7 @@ def check_writable(folder):
     except (OSError, ValueError):  # a name too long, or with characters that no name can have
         fine = False
     if not fine:
-        stop(f"cannot write to {folder}: make it writable, or name another folder by --out or --data-dir")
+        stop(f"cannot write to {folder}: make it writable, or name another folder (--out, --data-dir)")
 
 
 def load_pixels(pictures, dataset, data_dir, out, recipe):
@@ -374,32 +367,34 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
         pixels = np.empty(shape, np.uint8)
         return torch.from_numpy(pixels), fill(pixels, pictures.items, "drawing critters")
     side = recipe["cache_side"]
-    folder = Path(data_dir if os.access(data_dir, os.W_OK) else out) / "cache"
     try:
         files = [(os.path.relpath(path, data_dir), os.stat(path)) for path in pictures.items]
     except OSError as error:  # such as a link to nowhere
         stop(f"cannot read {error.filename} ({error.strerror}): mend it, remove it, or unpack it again")
     stamp = repr([(path, info.st_size, info.st_mtime_ns) for path, info in files])
-    target = folder / f"{dataset}-{side}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
+    name = f"{dataset}-{side}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
+    folder = Path(data_dir) / "cache"
+    if not (folder / name).exists() and not os.access(data_dir, os.W_OK):
+        folder = Path(out) / "cache"
+    target = folder / name
     sizes_file = target.with_suffix(".sizes.npy")
-    check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # let go of even by a killed process
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once: one builds, the other waits here
-        if not target.exists():
-            # What is there is of other pictures, or of a build that was killed.
-            for old in folder.glob(f"{dataset}-{side}-{'?' * 16}.*"):
-                old.unlink()
-            build_cache(target, sizes_file, pictures.items, side)
-        pixels = np.load(target, mmap_mode="c")  # copy on write: writable for torch, the file stays as it is
-        sizes = torch.from_numpy(np.load(sizes_file))
+    if not target.exists():
+        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:  # let go of even by a killed process
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once: one builds, the other waits here
+            if not target.exists():
+                # What is there is of other pictures, or of a build that was killed.
+                for old in folder.glob(f"{dataset}-{side}-{'?' * 16}.*"):
+                    old.unlink()
+                build_cache(target, sizes_file, pictures.items, side)
+    pixels = np.load(target, mmap_mode="c")  # copy on write: writable for torch, the file stays as it is
+    sizes = torch.from_numpy(np.load(sizes_file))
     bad = (sizes[:, 0] == 0).nonzero().flatten().tolist()
     if bad and not recipe["skip_bad_images"]:
-        others = f", nor can {len(bad) - 1} others" if len(bad) > 1 else ""
-        stop(
-            f"{pictures.items[bad[0]]} cannot be read as a picture{others}: mend, remove or --skip-bad-images"
-        )
+        others = f", nor are {len(bad) - 1} others" if len(bad) > 1 else ""
+        stop(f"{pictures.items[bad[0]]} is not a readable picture{others}: mend, remove or --skip-bad-images")
     return torch.from_numpy(pixels), sizes
 
 
@@ -432,6 +427,7 @@ def fill(pixels, items, what):
             image = open_picture(items[i], side)
         except Exception as error:  # a damaged file can lead Pillow to any error
             if isinstance(error, OSError) and error.errno:  # but this is the system's: the file may be whole
+                error.filename = error.filename or items[i]  # a failed read, unlike open, does not say
                 raise
             return 0, 0
         pixels[i] = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
@@ -440,11 +436,9 @@ def fill(pixels, items, what):
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
         sizes = tqdm(pool.map(decode, range(len(items))), what, len(items), leave=False, disable=None)
         try:
-            sizes = list(sizes)
+            return torch.tensor(list(sizes), dtype=torch.float32)
         except OSError as error:
-            pool.shutdown(cancel_futures=True)
             stop(f"cannot read {error.filename} ({error.strerror}): make it readable or remove it")
-    return torch.tensor(sizes, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -518,8 +512,7 @@ def resize_matrix(start, length, source, out):
     x = (pixel - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]  # [B, out, source]
     near, far = 1 + x * x * (1.5 * x - 2.5), 2 + x * (-4 + x * (2.5 - 0.5 * x))
     weight = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    end = start + length
-    inside = (pixel > start[:, None]) & (pixel < end[:, None])  # nothing from beyond the crop
+    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])  # nothing from beyond the crop
     weight = weight * inside[:, None]
     return weight / weight.sum(dim=2, keepdim=True)
 
@@ -632,7 +625,7 @@ def worker(device):
 class Loader:
     """Makes the batch of a step: picks its pictures, draws crops, colours and masks, all from (seed, step).
 
-    `batch` is for a thread to call ahead of need, `views` then makes on the device what the model sees.
+    `batches` yields them one by one, `views` then makes on the device what the model sees.
 
     rows: which pictures to use, long [n]. Each epoch takes them in a new random order, and leaves out what
     does not fill a batch.
@@ -645,6 +638,7 @@ class Loader:
         fits = device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 4
         self.pixels = pixels.to(device) if fits else pixels
         self.steps_per_epoch = len(rows) // batch_size
+        self.waited = 0.0  # seconds, for batches that were not ready
         # Compiled, the dozens of small steps of an operation become a kernel or two.
         functions = crop_and_resize, normalise, *OPERATIONS
         if use_compile:
@@ -677,6 +671,18 @@ class Loader:
         visible = to_device(visible[self.share], self.device) if masks else None
         crops, flip = to_device(crops, self.device), to_device(flip, self.device)
         return (self.read(rows), crops, flip, colours), rows, visible
+
+    def batches(self, first, last, **options):
+        """Yield (step, what `batch` makes of it), first to last: a thread makes each one step ahead."""
+        with worker(self.device) as thread:
+            upcoming = thread.submit(self.batch, first, **options)
+            for step in range(first, last + 1):
+                asked = time.perf_counter()
+                batch = upcoming.result()
+                self.waited += time.perf_counter() - asked
+                if step < last:
+                    upcoming = thread.submit(self.batch, step + 1, **options)
+                yield step, batch
 
     def views(self, pixels, crops, flip, colours, image_size):
         """Normalised views [V·B, 3, H, H]: one crop of each picture, V times, each with its own colours."""
@@ -797,17 +803,8 @@ def peak_memory_gb(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if resource is None:
         return math.nan
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )
-
-
-def random_state(device):
-    """The generators that dropout draws from, as they stand."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def copied(value):
@@ -841,16 +838,11 @@ def save_image(path, image):
 
 def save_views(path, context_images, target_images, visible, count=6):
     """Save what the model sees, a row an image: context view, the same with its mask, target view."""
-    cell = context_images.shape[-1] // math.isqrt(visible.shape[1])
+    context, target, grid = context_images[:count], target_images[:count], math.isqrt(visible.shape[1])
+    shown = hide(context, visible[:count].view(-1, 1, grid, grid))  # 0, the mean colour, in the hidden cells
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    rows = []
-    images = context_images[:count].cpu(), target_images[:count].cpu(), visible[:count].cpu()
-    for context, target, mask in zip(*images):
-        mask = mask.view(-1, math.isqrt(len(mask))).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
-        context, target = context * std + mean, target * std + mean
-        row = [context, torch.where(mask, context, 0.5), target]
-        rows.append(torch.cat([F.pad(image, (2, 2, 2, 2), value=1.0) for image in row], dim=2))
-    save_image(path, torch.cat(rows, dim=1))
+    columns = [F.pad(x.cpu() * std + mean, (2, 2, 2, 2), value=1.0) for x in (context, shown, target)]
+    save_image(path, torch.cat(list(torch.cat(columns, dim=3)), dim=1))
 
 
 def draw_curves(path, steps, curves):
@@ -861,16 +853,12 @@ def draw_curves(path, steps, curves):
     for i, (title, values) in enumerate(curves.items()):
         low, high = min(values), max(values)
         top, bottom = height * i + edge, height * (i + 1) - edge
-        points = [
-            (edge + (width - 2 * edge) * (step - steps[0]) / max(1, steps[-1] - steps[0]),
-             bottom - (bottom - top) * (value - low) / ((high - low) or 1))
-            for step, value in zip(steps, values)
-        ]  # fmt: skip
+        across = np.interp(steps, (steps[0], steps[-1]), (edge, width - edge))
+        points = list(zip(across, np.interp(values, (low, high), (bottom, top))))
         pen.rectangle((edge, top, width - edge, bottom), outline="lightgrey")
         pen.line(points, fill="black", width=2)
-        pen.text(
-            (edge, top - 16), f"{title}: {low:.4g} to {high:.4g}; steps {steps[0]} to {steps[-1]}", "black"
-        )
+        title = f"{title}: {low:.4g} to {high:.4g}; steps {steps[0]} to {steps[-1]}"
+        pen.text((edge, top - 16), title, "black")
     write_whole(path, lambda file: canvas.save(file, "PNG"))
 
 
@@ -898,19 +886,19 @@ def read_arguments(argv):
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--out", help="where the run's files go (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--max-steps", type=int, help="stop after so many; the schedules stay as they are")
-    parser.add_argument("--keep-every", type=int, help="also keep every Nth epoch, as ckpt-EPOCH.pt")
+    never = dict(type=int, default=math.inf)
+    parser.add_argument("--max-steps", **never, help="stop after so many; the schedules stay as they are")
+    parser.add_argument("--keep-every", **never, help="also keep every Nth epoch, as ckpt-EPOCH.pt")
     add_device_arguments(parser)
-    about = "Every entry of a recipe is a flag. In brackets: the paper's value (critters has its own)."
-    group = parser.add_argument_group("recipe", about)
-    for name, value in PAPER.items():
+    rule = "Every entry of a recipe is a flag. In brackets: the paper's value (critters has its own)."
+    group = parser.add_argument_group("recipe", rule)
+    for name, (value, about) in RECIPE.items():
         flag, kind = f"--{name.replace('_', '-')}", type(value)
-        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{HELP[name]} [{value}]")
+        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{about} [{value}]")
     args = parser.parse_args(argv)
     for name in ("max_steps", "keep_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            stop(f"{name} is {value}, it must be 1 or more")
+        if getattr(args, name) < 1:
+            stop(f"{name} is {getattr(args, name)}, it must be 1 or more")
     given = {name: getattr(args, name) for name in PAPER if getattr(args, name) is not None}
     return args, given
 
@@ -977,9 +965,7 @@ def join_processes(device, batch_size):
     """(this process's number, how many there are): (0, 1) unless torchrun started several."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % ranks or batch_size < 2 * ranks:
-        stop(
-            f"batch_size is {batch_size}, it must be a multiple of {ranks} (processes), two or more for each"
-        )
+        stop(f"batch_size is {batch_size}, it must be a multiple of {ranks} (processes), 2 or more for each")
     if ranks > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -991,6 +977,7 @@ def join_processes(device, batch_size):
 
 def open_run(args, given, checkpoint_file):
     """The recipe of a new run, and None; or the recipe and the checkpoint of the run that is to go on."""
+    given = given | {"dataset": args.dataset}
     saved, recipe = None, RECIPES[args.dataset] | PLACE | given
     check_writable(checkpoint_file.parent)
     if checkpoint_file.exists():
@@ -998,16 +985,11 @@ def open_run(args, given, checkpoint_file):
             stop(f"{checkpoint_file} is there already: go on with --resume, or name another folder by --out")
         saved = load_run(checkpoint_file)
         recipe = saved["recipe"]
-        for name, value in (given | {"dataset": args.dataset}).items():
+        for name, value in given.items():
             if value != recipe[name]:
-                stop(
-                    f"{checkpoint_file} has {name} {recipe[name]}, not {value}: name another folder by --out"
-                )
-    recipe = recipe | {"dataset": args.dataset}
-    if args.data_dir:
-        recipe["data_dir"] = args.data_dir
-    if args.skip_bad_images:
-        recipe["skip_bad_images"] = True
+                stop(f"{checkpoint_file} has {name} {recipe[name]}, not {value}: name another --out folder")
+    recipe["data_dir"] = args.data_dir or recipe["data_dir"]
+    recipe["skip_bad_images"] |= args.skip_bad_images
     return recipe, saved
 
 
@@ -1048,13 +1030,13 @@ class Journal:
 
     def lap(self, step):
         """Measure speed from here on: after the first step, which compiles, and from epoch to epoch."""
-        self.lap_start, self.lap_step, self.waited = time.perf_counter(), step, 0.0
+        self.lap_start, self.lap_step, self.loader.waited = time.perf_counter(), step, 0.0
 
     def speed(self, step):
         """(images/s, TFLOP/s, share of the time that was spent waiting for pictures) since the last lap."""
         elapsed = time.perf_counter() - self.lap_start
         speed = self.loader.batch_size * (step - self.lap_step) / elapsed
-        return speed, speed * self.flops / 1e12, self.waited / elapsed
+        return speed, speed * self.flops / 1e12, self.loader.waited / elapsed
 
     def show(self, bar, step, lr):
         """Once a second, put the latest numbers on the bar."""
@@ -1096,17 +1078,18 @@ class Journal:
         )  # fmt: skip
 
 
-def gather(dataset, recipe, out, rank, ranks):
+def gather(recipe, out, rank, ranks):
     """Find the pictures and open the cache: (pixels, sizes, the rows to pretrain on, how many were found)."""
     if rank > 0:
         dist.barrier()  # until rank 0 has downloaded and decoded them
-    pictures = list_pictures(dataset, recipe["data_dir"], recipe["pictures"])
+    dataset, data_dir = recipe["dataset"], recipe["data_dir"]
+    pictures = list_pictures(dataset, data_dir, recipe["pictures"])
     rows = torch.arange(pictures.train if recipe["pretrain_split"] == "train" else len(pictures.items))
     if 0 < recipe["pictures"] < len(rows):
         order = torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))
         rows = rows[order[: recipe["pictures"]]]
     check_batch(len(rows), recipe["batch_size"])
-    pixels, sizes = load_pixels(pictures, dataset, recipe["data_dir"], out, recipe)
+    pixels, sizes = load_pixels(pictures, dataset, data_dir, out, recipe)
     if rank == 0 and ranks > 1:
         dist.barrier()
     found, rows = len(rows), rows[sizes[rows, 0] > 0]
@@ -1153,15 +1136,15 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 
     use_compile = device.type == "cuda" if args.compile is None else args.compile
-    pixels, sizes, rows, found = gather(args.dataset, recipe, out, rank, ranks)
-    size, seed = recipe["batch_size"], recipe["seed"]
-    loader = Loader(pixels, sizes, rows, size, seed, device, rank, ranks, use_compile)
+    pixels, sizes, rows, found = gather(recipe, out, rank, ranks)
+    seed = recipe["seed"]
+    loader = Loader(pixels, sizes, rows, recipe["batch_size"], seed, device, rank, ranks, use_compile)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
     warmup_steps = total_steps * 40 // 300  # the paper's share of the run
-    last_step = min(total_steps, args.max_steps or total_steps)
+    last_step = min(total_steps, args.max_steps)
 
     # The model, its optimiser, and all else that changes while training.
-    torch.manual_seed(recipe["seed"])
+    torch.manual_seed(seed)
     model = MIMJEPA(config).to(device).train()
     optimizer = make_optimizer(model.parameters(), device)
     scaler = torch.amp.GradScaler(device.type, enabled=scale_gradients)
@@ -1170,7 +1153,7 @@ def main(argv=None):
     forward = torch.compile(model, fullgraph=True) if use_compile else model
     if ranks > 1:
         # Each process drops out what it likes.
-        torch.manual_seed(generator_for(recipe["seed"], 3, step, rank).initial_seed())
+        torch.manual_seed(generator_for(seed, 3, step, rank).initial_seed())
         forward = DistributedDataParallel(forward)
 
     say = print if rank == 0 else lambda *_: None
@@ -1191,23 +1174,13 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
 
     signals = asked_to_stop() if ranks == 1 else []
-    # Two threads at work beside the device: one makes the next batch, one writes the last checkpoint.
-    batches, disk = worker(device), worker(device)
-    draw = partial(
-        batches.submit, loader.batch, views=2, masks=(config.grid, config.mask_ratio, config.masking)
-    )
-    upcoming, saving = draw(step + 1), None
+    disk = worker(device)  # a thread that writes a checkpoint while training goes on
+    saving = disk.submit(lambda: None)
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no animation
     bar = tqdm(total=last_step, initial=step, unit="step", mininterval=interval, disable=rank > 0)
     journal.lap(step)
-    first_step, last = step + 1, False
-    while not last:
-        step += 1
-        before = time.perf_counter()
-        draws, _, visible = upcoming.result()
-        journal.waited += time.perf_counter() - before
-        if step < last_step:
-            upcoming = draw(step + 1)
+    first_step, masks = step + 1, (config.grid, config.mask_ratio, config.masking)
+    for step, (draws, _, visible) in loader.batches(first_step, last_step, views=2, masks=masks):
         context_images, target_images = loader.views(*draws, config.image_size).chunk(2)
         if step == 1 and rank == 0:
             save_views(out / "views.png", context_images, target_images, visible)
@@ -1228,13 +1201,12 @@ def main(argv=None):
         # … and the target encoder follows slowly.
         model.update_target(momentum)
 
-        if saving and saving.done():
+        if saving.done():
             saving.result()  # ends the program if the disk is full
         journal.log.append(torch.stack([loss.detach(), target_deviation(target)]))
         journal.show(bar, step, lr)
-        last = step == last_step or len(signals) > 0
         epoch_ends = step % loader.steps_per_epoch == 0
-        if not (epoch_ends or last):
+        if not (epoch_ends or step == last_step or signals):
             if step == first_step:
                 journal.lap(step)
             continue
@@ -1250,26 +1222,28 @@ def main(argv=None):
         if epoch_ends:
             journal.history, journal.log, numbers = metrics, [], numbers[:0]
         if rank == 0:
-            if saving:
-                saving.result()  # the last checkpoint must be whole before the next one is begun
+            saving.result()  # the last checkpoint must be whole before the next one is begun
             save_metrics(out / "metrics.csv", metrics)
-            columns = {
-                name: [row[name] for row in metrics] for name in ("loss", "target_std", "learning_rate")
-            }
-            draw_curves(out / "curves.png", [row["step"] for row in metrics], columns)
+            shown = "loss", "target_std", "learning_rate"
+            curves = {name: [row[name] for row in metrics] for name in shown}
+            draw_curves(out / "curves.png", [row["step"] for row in metrics], curves)
+            generators = {"cpu": torch.get_rng_state()}  # what dropout draws from
+            if device.type == "cuda":
+                generators["cuda"] = torch.cuda.get_rng_state(device)
             state = dict(
                 format=FORMAT, config=asdict(config), recipe=recipe, found=found, step=step,
                 model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                random=random_state(device), history=journal.history, log=numbers, seconds=row["seconds"],
+                random=generators, history=journal.history, log=numbers, seconds=row["seconds"],
             )  # fmt: skip
             paths = [checkpoint_file]
-            if args.keep_every and epoch_ends and len(metrics) % args.keep_every == 0:
+            if epoch_ends and len(metrics) % args.keep_every == 0:  # never, if it is infinite
                 paths.append(out / f"ckpt-{len(metrics):04}.pt")
             saving = disk.submit(save_checkpoint, copied(state), *paths)
+        if signals:
+            break
     bar.close()
-    if saving:
-        saving.result()
-    batches.shutdown(), disk.shutdown()
+    saving.result()
+    disk.shutdown()
     if signals and step < last_step:
         tqdm.write(f"stopped and saved at step {step:,}; go on with --resume", file=sys.stderr)
         raise SystemExit(128 + signals[0])
