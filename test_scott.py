@@ -972,6 +972,33 @@ def test_the_papers_recipe_is_the_default_for_the_papers_data():
         assert (recipe["momentum"], recipe["pretrain_split"], recipe["probe_epochs"]) == (0.996, "all", 100)
 
 
+def test_pictures_as_thin_as_a_thread_give_numbers():
+    sizes = torch.tensor([[5000.0, 10], [10, 5000], [3, 2000]])
+    pixels = torch.randint(256, (3, 3, 320, 320), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    for crops in (train.centre_crops(sizes), *(train.draw_crops(sizes, generator) for _ in range(20))):
+        assert train.crop_and_resize(pixels, crops, None, 32).isfinite().all()
+
+
+def test_imagenets_unlabelled_test_folder_is_left_alone():
+    for split, i in (("train", 0), ("train", 1), ("val", 2)):
+        for name in ("n01", "n02"):
+            save_picture(Path(f"imagenet/{split}/{name}/{i}.png"), i)
+    save_picture(Path("imagenet/test/7.png"), 7)
+    pictures = train.list_pictures("imagenet100", "imagenet")
+    assert (len(pictures.items), pictures.train, pictures.classes) == (6, 4, ["n01", "n02"])
+
+
+@pytest.mark.parametrize("epochs", [30, 300, 900])
+def test_the_warm_up_is_a_share_of_a_short_run_and_forty_epochs_of_a_long_one(epochs):
+    train.main([*CRITTERS, "--epochs", str(epochs), "--max-steps", "1"])
+    loaded = load_checkpoint("runs/critters/ckpt.pt")
+    steps_per_epoch = loaded["found"] // loaded["recipe"]["batch_size"]
+    warmup_steps = min(epochs * 40 / 300, 40) * steps_per_epoch
+    rate = loaded["optimizer"]["param_groups"][0]["lr"]  # of step 1
+    assert rate == pytest.approx(1e-6 + (loaded["recipe"]["lr"] - 1e-6) / warmup_steps, rel=1e-9)
+
+
 def test_the_cache_keeps_proportions_and_notices_changes(monkeypatch):
     recipe = {"cache_side": 48, "skip_bad_images": False}
     save_picture(Path("photos/a.png"), 1, size=(80, 40))

@@ -278,7 +278,9 @@ def list_pictures(dataset, data_dir, count=0):
         splits = download(Flowers102, data_dir, ("train", "val", "test"))
         parts, classes = [(split._image_files, split._labels) for split in splits], splits[0].classes
     else:
-        parts, classes = list_folder(data_dir)
+        # ImageNet's own test folder has no labels: it is left alone.
+        names = ("train", "val") if dataset == "imagenet100" else ("train", "val", "test")
+        parts, classes = list_folder(data_dir, names)
     items, labels = [sum(map(list, column), []) for column in zip(*parts)]
     return Pictures(items, labels, classes, len(items) - len(parts[-1][0]) if len(parts) > 1 else len(items))
 
@@ -294,15 +296,15 @@ def download(dataset, data_dir, splits):
         stop(f"cannot get {dataset.__name__} ({error}). By hand: put {files} into {Path(data_dir) / folder}")
 
 
-def list_folder(data_dir):
+def list_folder(data_dir, names):
     """Read train/<class>/… and val/<class>/… or test/<class>/…, or else any folder of unlabelled pictures.
 
-    Returns one (paths, labels) for each split, and the names of the classes. The last split is for testing,
-    all before it are for training.
+    names: of the folders that are splits, where they exist. Returns one (paths, labels) for each split, and
+    the names of the classes. The last split is for testing, all before it are for training.
     """
     if not data_dir.is_dir():
         stop(f"there is no folder {data_dir}: name the folder of your pictures by --data-dir")
-    splits = [data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()]
+    splits = [data_dir / name for name in names if (data_dir / name).is_dir()]
     if data_dir / "train" not in splits or not any(path.is_dir() for path in (data_dir / "train").iterdir()):
         names = (path for path in data_dir.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         # What lies beside a checkpoint is what a run has drawn, not what it is to learn from.
@@ -512,7 +514,9 @@ def resize_matrix(start, length, source, out):
     x = (pixel - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]  # [B, out, source]
     near, far = 1 + x * x * (1.5 * x - 2.5), 2 + x * (-4 + x * (2.5 - 0.5 * x))
     weight = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])  # nothing from beyond the crop
+    slack = (1.02 - length).clamp(min=0) / 2  # a crop thinner than a pixel must still hold one's centre
+    first, last = (start - slack)[:, None], (start + length + slack)[:, None]
+    inside = (pixel > first) & (pixel < last)  # nothing from beyond the crop
     weight = weight * inside[:, None]
     return weight / weight.sum(dim=2, keepdim=True)
 
@@ -1140,7 +1144,8 @@ def main(argv=None):
     seed = recipe["seed"]
     loader = Loader(pixels, sizes, rows, recipe["batch_size"], seed, device, rank, ranks, use_compile)
     total_steps = recipe["epochs"] * loader.steps_per_epoch
-    warmup_steps = total_steps * 40 // 300  # the paper's share of the run
+    # The paper's 40 of 300 epochs; a shorter run keeps the share.
+    warmup_steps = min(total_steps * 40 // 300, 40 * loader.steps_per_epoch)
     last_step = min(total_steps, args.max_steps)
 
     # The model, its optimiser, and all else that changes while training.
