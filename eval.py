@@ -16,6 +16,7 @@ figures are reported, and every probe is shown.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +25,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from scott import MIMJEPA, SwiGLU, hide, init_linear, layer_norm, load_encoder, sample_masks
-from train import (
-    RECIPES, Loader, Parser, add_device_arguments, centre_crops, check_writable, choose_device,
-    choose_precision, crop_and_resize, draw_curves, generator_for, list_pictures, load_pixels, load_run,
-    make_optimizer, normalise, run, save_image, schedules, set_schedule, stop, write_whole,
-)  # fmt: skip
+from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
+from scott import load_encoder, sample_masks
+from train import RECIPES, Loader, Parser, check_recipe, crop_and_resize, draw_curves, generator_for
+from train import list_pictures, load_pixels, make_optimizer, normalise, run, save_grid, schedules
+from train import set_schedule, setup, writable, write_whole
 
-# ------------------------------------------------------------------------------------------------------------
-# Attentive probes: tokens [B, N, D] → logits [B, classes]
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Attentive probes: tokens [B, N, D] → logits [B, classes] ----------------------------------------------
 
 class SimpleProbe(nn.Module):
     """One learned direction says how much each token counts; their weighted sum is classified."""
@@ -48,7 +45,6 @@ class SimpleProbe(nn.Module):
     def forward(self, tokens):
         weights = self.score(self.dropout(tokens)).softmax(dim=1)  # [B, N, 1], over the tokens
         return self.classify((self.dropout(weights) * tokens).sum(dim=1))
-
 
 class MultiHeadProbe(nn.Module):
     """Four such directions, each for a quarter of the channels of the projected tokens; then an MLP."""
@@ -68,7 +64,6 @@ class MultiHeadProbe(nn.Module):
         values = self.value(self.dropout(tokens)).view(B, N, self.heads, D // self.heads)
         pooled = (weights[..., None] * values).sum(dim=1).flatten(1)  # [B, D]
         return self.classify(pooled)
-
 
 class CrossProbe(nn.Module):
     """A learned query attends to the tokens, as a class token would; then a feed-forward layer."""
@@ -93,49 +88,49 @@ class CrossProbe(nn.Module):
         query = self.query.expand(B, 1, D)
         q = self.q(query).view(B, 1, self.heads, -1).transpose(1, 2)  # [B, heads, 1, D/heads]
         k, v = self.kv(self.norm_tokens(tokens)).view(B, N, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0)
+        y = attend(q, k, v, 0.2 if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, 1, D)
         x = self.norm_query(query + self.dropout(self.proj(y)))
         x = x + self.mlp(x)
         return self.classify(self.norm(x)).squeeze(1)
 
-
 PROBES = {"simple": SimpleProbe, "multi-head": MultiHeadProbe, "cross": CrossProbe}
 
-# ------------------------------------------------------------------------------------------------------------
-# Features and figures
-# ------------------------------------------------------------------------------------------------------------
+# ---- Features and figures ----------------------------------------------------------------------------------
 
+def centre_crops(sizes):
+    """The test-time crop, as draw_crops gives it: the central square, 224/256 of the shorter side."""
+    side = sizes.amin(1, keepdim=True) * 224 / 256 / sizes  # [B, 2] shares
+    return torch.cat([(1 - side) / 2, side], dim=1)
 
 class Features:
     """The frozen encoder as a function: images [B, 3, H, H] → normalised tokens [B, N, D], no gradient."""
 
-    def __init__(self, encoder, device, dtype=None, use_compile=False):
-        self.encoder = encoder.to(device).eval().requires_grad_(False)
-        self.forward = torch.compile(self.encoder, fullgraph=True) if use_compile else self.encoder
-        self.device, self.dtype = device, dtype
+    def __init__(self, encoder, machine):
+        self.machine, self.encoder = machine, encoder.to(machine.device).eval().requires_grad_(False)
+        if machine.compile:
+            self.encoder.compile(fullgraph=True)
 
     @torch.no_grad()
     def __call__(self, images):
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return layer_norm(self.forward(images)).float()
+        with self.machine.autocast():
+            return layer_norm(self.encoder(images)).float()
 
     def of_test_views(self, loader, rows, image_size, batch_size=64):
         """Tokens of the central crops of `rows`, batch by batch."""
         for part in rows.split(batch_size):
-            crops = centre_crops(loader.sizes[part]).to(self.device)
+            crops = centre_crops(loader.sizes[part]).to(self.machine.device)
             yield self(normalise(crop_and_resize(loader.read(part), crops, None, image_size)))
 
-
 def accuracies(scores, labels):
-    """(top-1, top-5, mean per class) in percent; scores [n, classes], labels [n]."""
+    """(top-1, top-5, mean per class) in percent; scores [n, classes], −∞ for no guess at all; labels [n]."""
     scores, labels = scores.cpu(), labels.cpu()
-    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    guesses = scores.topk(min(5, scores.shape[1]), dim=1)
+    hits = (guesses.indices == labels[:, None]) & guesses.values.isfinite()
     first, classes = hits[:, 0].double(), labels.unique()
     per_class = [first[labels == label].mean() for label in classes]
     figures = first.mean(), hits.any(1).double().mean(), torch.stack(per_class).mean()
     return [100 * value.item() for value in figures]
-
 
 def knn(train, train_labels, test, classes, k=10, temperature=0.07):
     """Weighted k nearest neighbours: each votes for its class with exp(cosine similarity / temperature)."""
@@ -146,7 +141,6 @@ def knn(train, train_labels, test, classes, k=10, temperature=0.07):
         votes = F.one_hot(train_labels[index], classes) * (similarity / temperature).exp()[:, :, None]
         scores.append(votes.sum(1))
     return torch.cat(scores)
-
 
 def linear(train, train_labels, test, classes, decay=1e-3):
     """Logistic regression on standardised features, 300 L-BFGS iterations at most.  → scores [n, classes]"""
@@ -165,9 +159,8 @@ def linear(train, train_labels, test, classes, decay=1e-3):
     optimizer.step(loss)
     return F.linear(test, weight[:, :-1], weight[:, -1]).detach()
 
-
 @dataclass
-class Labelled:
+class Data:
     """The pictures that probes are trained and tested on."""
 
     loader: Loader  # of the training rows
@@ -176,26 +169,23 @@ class Labelled:
     test: torch.Tensor
     classes: int
 
-
-def labelled(pictures, pixels, sizes, seed, device, per_class=0, use_compile=False):
-    """Split the readable pictures; per_class: keep so many labelled ones of each class, 0 for all."""
+def split_data(pictures, pixels, sizes, seed, machine, per_class=0):
+    """The readable pictures that have labels; per_class: how many of each class to train on, 0 for all."""
     labels = torch.tensor(pictures.labels)
     rows = torch.arange(len(labels)).tensor_split([pictures.train])
-    train, test = (part[sizes[part, 0] > 0] for part in rows)
+    train, test = (part[(sizes[part, 0] > 0) & (labels[part] >= 0)] for part in rows)
     if per_class:
         train = train[torch.randperm(len(train), generator=generator_for(seed, 4))]
         train = torch.cat([train[labels[train] == label][:per_class] for label in labels[train].unique()])
     if len(labels[train].unique()) < 2 or len(test) == 0:
-        stop("no readable pictures of two classes or more to train probes on, or none to test them on")
-    loader = Loader(pixels, sizes, train, min(64, len(train)), seed, device, use_compile=use_compile)
-    return Labelled(loader, labels, train, test, len(pictures.classes))
-
+        raise InputError("no readable pictures of two classes to train probes on, or none to test them on")
+    loader = Loader(pixels, sizes, train, min(64, len(train)), seed, machine)
+    return Data(loader, labels, train, test, len(pictures.classes))
 
 def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what, seed, peak_lr=5e-4):
     """The supervised loop, for probes and whole networks: AdamW and the schedules of pretraining.
 
-    forward: views [B, 3, H, H] → a list of logits [B, classes], whose losses are added up
-    warmup: share of the steps
+    forward: views [B, 3, H, H] → logits [B, classes] of each head; losses are added. warmup: share of steps
     """
     torch.manual_seed(seed)
     loader = data.loader
@@ -203,41 +193,35 @@ def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what,
     total_steps = epochs * loader.steps_per_epoch
     batches = tqdm(loader.batches(1, total_steps, views=1), what, total_steps, leave=False, disable=None)
     for step, (draws, rows, _) in batches:
-        lr, weight_decay, _ = schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)
-        set_schedule(optimizer, lr, weight_decay)
+        set_schedule(optimizer, *schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)[:2])
         target = data.labels[rows].to(loader.device)
         losses = [F.cross_entropy(logits, target) for logits in forward(loader.views(*draws, image_size))]
         sum(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-
 def train_probes(features, data, config, epochs, seed):
     """Train the three attentive probes together, on the same augmented views of the training pictures."""
     torch.manual_seed(seed)
     probes = nn.ModuleDict({name: probe(config.dim, data.classes) for name, probe in PROBES.items()})
-    probes.to(features.device)
+    probes.to(features.machine.device)
 
     def forward(images):
         tokens = features(images)
         # The probes share no weights, so from the sum of their losses each gets the gradient of its own.
         return [probe(tokens) for probe in probes.values()]
 
-    train_on_labels(
-        forward, probes.parameters(), data, config.image_size, epochs, 1 / 5, "training probes", seed
-    )
+    train_on_labels(forward, probes.parameters(), data, config.image_size, epochs, 0.2, "probes", seed)
     return probes.eval()
 
-
 @torch.no_grad()
-def test_probes(features, probes, data, image_size):
+def score_probes(features, probes, data, image_size):
     """{probe: (top-1, top-5, mean per class)} in percent, on the test split."""
     scores = {name: [] for name in probes}
     for tokens in features.of_test_views(data.loader, data.test, image_size):
         for name, probe in probes.items():
             scores[name].append(probe(tokens))
     return {name: accuracies(torch.cat(parts), data.labels[data.test]) for name, parts in scores.items()}
-
 
 def evaluate(features, data, config, epochs, seed):
     """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent."""
@@ -248,49 +232,44 @@ def evaluate(features, data, config, epochs, seed):
         return torch.cat([tokens.mean(1) for tokens in batches])
 
     train, test = averages(data.train), averages(data.test)
-    labels, truth = data.labels[data.train].to(features.device), data.labels[data.test]
-    results = {"k-NN": accuracies(knn(train, labels, test, data.classes), truth),
+    labels, truth = data.labels[data.train].to(features.machine.device), data.labels[data.test]
+    votes = knn(train, labels, test, data.classes)
+    results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
                "linear": accuracies(linear(train, labels, test, data.classes), truth)}  # fmt: skip
-    if epochs == 0:
-        return results
-    probes = train_probes(features, data, config, epochs, seed)
-    return results | test_probes(features, probes, data, config.image_size)
+    if epochs > 0:
+        probes = train_probes(features, data, config, epochs, seed)
+        results |= score_probes(features, probes, data, config.image_size)
+    return results
 
-
-def supervise(encoder, data, config, epochs, recipe, device, dtype=None, use_compile=False):
+def supervise(encoder, data, config, epochs, recipe, machine):
     """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining."""
-    if dtype == torch.float16:
-        dtype = None  # half precision's gradients would need scaling, and this is the yardstick
     torch.manual_seed(recipe["seed"])
-    probe = SimpleProbe(config.dim, data.classes).to(device).train()
-    encoder = encoder.to(device).requires_grad_(True).train()
-    network = torch.compile(encoder, fullgraph=True) if use_compile else encoder
+    probe = SimpleProbe(config.dim, data.classes).to(machine.device).train()
+    encoder.to(machine.device).requires_grad_(True).train()
+    if machine.compile:
+        encoder.compile(fullgraph=True)
 
     def forward(images):
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return [probe(layer_norm(network(images))).float()]
+        # In half precision gradients would need scaling, and this is the yardstick: then without.
+        with machine.autocast() if machine.dtype == torch.bfloat16 else nullcontext():
+            return [probe(layer_norm(encoder(images))).float()]
 
     parameters = [*encoder.parameters(), *probe.parameters()]
     settings = config.image_size, epochs, 40 / 300, "training on labels", recipe["seed"], recipe["lr"]
     train_on_labels(forward, parameters, data, *settings)
-    features = Features(encoder, device, dtype)
-    return test_probes(features, {"simple": probe.eval()}, data, config.image_size)
+    return score_probes(Features(encoder, machine), {"simple": probe.eval()}, data, config.image_size)
 
+# ---- What the tokens look like -----------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------------------------------------
-# What the tokens look like
-# ------------------------------------------------------------------------------------------------------------
-
-
-def pca_picture(features, images):
+def pca_columns(features, images):
     """Images, their tokens' first three principal components as colours, and these without the background.
 
-    images [B, 3, H, H] from 0 to 1  →  [3, H', W'] from 0 to 1, one row a picture (the paper's figure 1)
+    images [B, 3, H, H] from 0 to 1  →  three of the same, the paper's figure 1
     """
     tokens = features(normalise(images)).cpu()  # [B, N, D]
     B, N, D = tokens.shape
     H, grid = images.shape[-1], int(N**0.5)
-    flat = tokens.flatten(0, 1) - tokens.mean((0, 1))
+    flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)
     _, _, axes = torch.linalg.svd(flat.double(), full_matrices=False)
     components = (flat @ axes[:3].T.float()).view(B, grid, grid, 3)
     # A component's sign is arbitrary. The border of a photograph is mostly background: let that be negative.
@@ -298,49 +277,38 @@ def pca_picture(features, images):
     border[1:-1, 1:-1] = False
     if components[:, border, 0].mean() > 0:
         components[..., 0] *= -1
-    foreground = (components[..., :1] > 0).float()
     low, high = components.amin((0, 1, 2)), components.amax((0, 1, 2))
     colours = (components - low) / (high - low)
-    maps = [colours, colours * foreground]
-    maps = [F.interpolate(m.permute(0, 3, 1, 2), size=(H, H)) for m in maps]
-    columns = [F.pad(column, (2, 2, 2, 2), value=1.0) for column in (images.cpu(), *maps)]
-    return torch.cat([torch.cat(list(column), dim=1) for column in columns], dim=2)
-
+    maps = colours, colours * (components[..., :1] > 0)
+    return [images.cpu(), *(F.interpolate(m.permute(0, 3, 1, 2), size=(H, H)) for m in maps)]
 
 @torch.no_grad()
-def leak_picture(tokenizer, images, visible):
+def leak_columns(tokenizer, images, visible):
     """What a mask is worth: an image, its visible part, and how active each layer is at each place, twice.
 
     Upper row: the masked convolutions. Lower row: the same convolutions and pools without the mask, on the
-    same visible part. images [B, 3, H, H] from 0 to 1, visible bool [B, N]  →  [3, H', W'] from 0 to 1
+    same visible part. images [B, 3, H, H] from 0 to 1, visible bool [B, N]  →  six columns of [2B, 3, H, H]
     """
     H, grid = images.shape[-1], int(visible.shape[1] ** 0.5)
     cells = visible.view(-1, 1, grid, grid)
-    shown = hide(images, cells)
     rows = []
     for mask in (cells, None):
-        x, maps = hide(normalise(images), cells), [images, shown]
+        x, maps = hide(normalise(images), cells), [images, hide(images, cells)]
         for layer in (tokenizer.conv1, tokenizer.pool1, tokenizer.conv2, tokenizer.pool2):
             x = layer(x, mask)
             x = x.relu() if layer in (tokenizer.conv1, tokenizer.conv2) else x
             activity = x.abs().mean(1, keepdim=True).sqrt()  # the root, for faint traces to show
             activity = activity / activity.amax((1, 2, 3), keepdim=True)
             maps.append(F.interpolate(activity, size=(H, H)).expand(-1, 3, -1, -1))
-        rows.append(torch.cat([F.pad(column, (2, 2, 2, 2), value=1.0) for column in maps], dim=3))
-    return torch.cat([row for pair in zip(*rows) for row in pair], dim=1)
+        rows.append(maps)
+    return [torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*rows)]
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Command line ------------------------------------------------------------------------------------------
 
 def read_arguments(argv):
-    parser = Parser("eval.py", description="Probe a frozen encoder, and the same encoder untrained.")
+    parser = Parser(prog="eval.py", description="Probe a frozen encoder, and the same encoder untrained.")
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="such as runs/pets/ckpt.pt")
     parser.add_argument("--dataset", choices=RECIPES, help="probe on this (default: what it was trained on)")
-    parser.add_argument("--data-dir", help="where it is (default: as in training; data for another data set)")
-    parser.add_argument("--skip-bad-images", action="store_true", help="leave out files that cannot be read")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
     parser.add_argument("--epochs", type=int, help="of the attentive probes, 0: none (default: the recipe's)")
     parser.add_argument("--labels", type=int, default=0, help="so many labelled pictures a class; 0: all (0)")
@@ -348,13 +316,11 @@ def read_arguments(argv):
     parser.add_argument("--finetune", action="store_true", help="also train on from the checkpoint by labels")
     parser.add_argument("--no-baseline", action="store_true", help="skip the untrained encoder")
     parser.add_argument("--no-pca", action="store_true", help="skip the pictures pca.png and leak.png")
-    add_device_arguments(parser)
     args = parser.parse_args(argv)
     for name in ("epochs", "labels"):
         if (getattr(args, name) or 0) < 0:
-            stop(f"{name} is {getattr(args, name)}, it must be 0 or more")
+            raise InputError(f"{name} is {getattr(args, name)}, it must be 0 or more")
     return args
-
 
 def print_table(results, text):
     """A line for each probe and encoder; `text(figures)` makes the three columns."""
@@ -364,10 +330,8 @@ def print_table(results, text):
             if probe in figures:
                 print(f"{probe:12}{encoder:14}{text(figures[probe])}")
 
-
 def one_run(figures):
     return "".join(f"{value:>11}" if isinstance(value, str) else f"{value:11.1f}" for value in figures)
-
 
 def several_runs(figures):
     """Columns of mean ± standard deviation; figures: one row of three for each run."""
@@ -376,40 +340,35 @@ def several_runs(figures):
     std, mean = torch.std_mean(torch.tensor(figures), dim=0)
     return "".join(f"{f'{m:.1f} ± {s:.1f}':>15}" for m, s in zip(mean.tolist(), std.tolist()))
 
-
-def probe_checkpoint(path, args, device, dtype, use_compile):
+def probe_checkpoint(path, args, machine):
     """All about one checkpoint: table, eval.json, pictures.  → (step, {encoder: {probe: figures}})"""
-    saved = load_run(path)
-    trained = load_encoder(saved, args.encoder)
-    recipe, config, seed = saved["recipe"], trained.config, saved["recipe"]["seed"]
+    saved = load_checkpoint(path)
+    config, recipe = check_recipe(saved.get("recipe")), saved["recipe"]
+    trained, seed = load_encoder(saved, args.encoder), recipe["seed"]
     dataset, same = args.dataset or recipe["dataset"], args.dataset in (None, recipe["dataset"])
     data_dir = args.data_dir or (recipe["data_dir"] if same else "data")
     recipe = recipe | {"skip_bad_images": args.skip_bad_images or recipe["skip_bad_images"]}
     epochs = recipe["probe_epochs"] if args.epochs is None else args.epochs
     folder, tag = Path(path).parent, Path(path).stem.removeprefix("ckpt")  # ckpt-0005.pt: eval-0005.json
-    check_writable(folder)
+    if not writable(folder):
+        raise InputError(f"cannot write to {folder}: copy the checkpoint to where you can")
     pictures = list_pictures(dataset, data_dir, recipe["pictures"] if same else RECIPES[dataset]["pictures"])
     if len(pictures.classes) < 2 or pictures.train == len(pictures.items):
-        stop(
-            f"{data_dir} has no labelled train and test pictures of two classes or more; probes need "
-            "train/<class>/… and test/<class>/…"
-        )
+        need = "labelled pictures of two classes or more, in train/<class>/… and test/<class>/…"
+        raise InputError(f"{data_dir} is not enough for probes, which need {need}")
     pixels, sizes = load_pixels(pictures, dataset, data_dir, folder, recipe)
-    data = labelled(pictures, pixels, sizes, seed, device, args.labels, use_compile)
-    print(
-        f"{dataset}: {len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} "
-        f"classes; {args.encoder} encoder of {path} at step {saved['step']:,}"
-    )
+    data = split_data(pictures, pixels, sizes, seed, machine, args.labels)
+    counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
+    print(f"{dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
 
     def untrained():
         torch.manual_seed(seed)  # what train.py starts from: this is the encoder of step 0
         return MIMJEPA(config).context_encoder
 
     encoders = {"trained": trained} if args.no_baseline else {"trained": trained, "untrained": untrained()}
-    features = {name: Features(encoder, device, dtype, use_compile) for name, encoder in encoders.items()}
+    features = {name: Features(encoder, machine) for name, encoder in encoders.items()}
     results = {name: evaluate(f, data, config, epochs, seed) for name, f in features.items()}
-    # As many epochs as pretraining had, of the labelled pictures.
-    settings = data, config, recipe["epochs"], recipe, device, dtype, use_compile
+    settings = data, config, recipe["epochs"], recipe, machine  # as many epochs as pretraining had
     if args.from_scratch:
         results["from scratch"] = supervise(untrained(), *settings)
     if args.finetune:
@@ -425,44 +384,37 @@ def probe_checkpoint(path, args, device, dtype, use_compile):
     if not args.no_pca:
         generator = generator_for(seed, 5)
         rows = data.test[torch.randperm(len(data.test), generator=generator)[:6]]
-        images = crop_and_resize(pixels[rows], centre_crops(sizes[rows]), None, config.image_size).to(device)
+        images = crop_and_resize(pixels[rows], centre_crops(sizes[rows]), None, config.image_size)
+        images = images.to(machine.device)
         written.append(folder / f"pca{tag}.png")
-        save_image(written[-1], pca_picture(features["trained"], images))
+        save_grid(written[-1], pca_columns(features["trained"], images))
         if config.tokenizer != "patch":
             mask = config.grid, config.mask_ratio, config.masking, generator
-            visible = sample_masks(2, *mask).to(device)
+            visible = sample_masks(2, *mask)[: len(images)].to(machine.device)
             written.append(folder / f"leak{tag}.png")
-            save_image(written[-1], leak_picture(trained.tokenizer, images[:2], visible[: len(images)]))
+            save_grid(written[-1], leak_columns(trained.tokenizer, images[:2], visible))
     print(f"\nwrote {', '.join(map(str, written))}")
     return saved["step"], results
 
-
 def main(argv=None):
     args = read_arguments(argv)
-    torch.set_float32_matmul_precision("high")
-    device = choose_device(args.device)
-    dtype, _ = choose_precision(args.precision, device)
-    use_compile = device.type == "cuda" if args.compile is None else args.compile
-    runs = [probe_checkpoint(path, args, device, dtype, use_compile) for path in args.checkpoints]
-    if len(runs) == 1:
-        return
-    folders = {Path(path).parent for path in args.checkpoints}
-    if len(folders) == 1:  # one run: how its probes fare as it goes on
-        runs.sort(key=lambda run: run[0])
-        if not args.no_baseline:
-            runs.insert(0, (0, {"trained": runs[0][1]["untrained"]}))  # what training started from
-        steps, results = zip(*runs)
-        probes = results[0]["trained"]
-        curves = {f"{probe}, top-1 in %": [run["trained"][probe][0] for run in results] for probe in probes}
-        path = folders.pop() / "probes.png"
-        draw_curves(path, steps, curves)
-        print(f"wrote {path}")
-    else:
-        print(f"\nmean ± standard deviation of {len(runs)} runs")
-        first = runs[0][1]
-        gathered = {e: {p: [results[e][p] for _, results in runs] for p in first[e]} for e in first}
-        print_table(gathered, several_runs)
-
+    machine, runs = setup(args), {}  # by folder: {step: results}
+    for path in dict.fromkeys(args.checkpoints):
+        step, results = probe_checkpoint(path, args, machine)
+        runs.setdefault(Path(path).parent, {})[step] = results
+    for folder, times in runs.items():
+        if len(times) > 1:  # how the probes of a run fare as it goes on, from what training started from
+            start = {} if args.no_baseline else {0: {"trained": next(iter(times.values()))["untrained"]}}
+            steps = sorted(start | times)
+            series = [(start | times)[step]["trained"] for step in steps]
+            curves = {f"{probe}, top-1 in %": [row[probe][0] for row in series] for probe in series[0]}
+            draw_curves(folder / "probes.png", steps, curves)
+            print(f"wrote {folder / 'probes.png'}")
+    if len(runs) > 1:
+        print(f"\nmean ± standard deviation of {len(runs)} runs, each at its last checkpoint")
+        last = [times[max(times)] for times in runs.values()]
+        print_table({e: {p: [run[e][p] for run in last] for p in last[0][e]} for e in last[0]}, several_runs)
+    return 0
 
 if __name__ == "__main__":
     run(main)

@@ -11,18 +11,18 @@ The whole model, in the order in which an image passes through it:
     view 2 ─ Encoder (the same, averaged weights) ───────────┘
              sees everything
 
-Two networks look at one picture, in two colourings. The *context encoder* gets to see 40 % of it; a small
-*predictor* then guesses, for each hidden place, what the *target encoder*, which saw all, says about it. The
-guess is not pixels but a vector of features. So there is nothing to gain from getting the texture of fur
-right, and much from knowing that what has pointed ears and whiskers here has a tail over there.
+Two networks look at the same picture, in two colourings. The *context encoder* sees 40 % of it, the *target
+encoder* all of it. A small *predictor* takes what the context encoder says and guesses, for each hidden
+place, what the target encoder says there: a vector of features, not pixels. So the model gains nothing by
+getting the texture of fur right. It gains by knowing that an animal with pointed ears here has a tail there.
 
-Letters used for sizes all along:
+Letters used for sizes:
 
     B  images in a batch                 N = g²  tokens of an image (196)
     H  side of the square image (224)    D       width: channels of a token (384)
     g = H/16  tokens along a side (14)
 
-`visible` is a bool tensor [B, N]: True where the context encoder may look.
+`visible` [B, N] is True where the context encoder may look. `python scott.py` shows a batch on its way.
 """
 
 import math
@@ -30,38 +30,35 @@ import random
 import zipfile
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.ops import StochasticDepth
 
 PATCH = 16  # pixels along the side of the cell that one token stands for
 
-# ------------------------------------------------------------------------------------------------------------
-# Config
-# ------------------------------------------------------------------------------------------------------------
+class InputError(ValueError):
+    """Something that the user can put right. Its text is one line: what is wrong, and what to do."""
 
+# ---- Config ------------------------------------------------------------------------------------------------
 
 def count_visible(tokens, mask_ratio):
     """How many of an image's tokens stay visible: ⌈(1 − mask_ratio) · N⌉, and at least one."""
     # The 1e-9 keeps rounding from adding a token: in floating point (1 − 0.7) · 100 is a little more than 30.
     return max(1, math.ceil((1 - mask_ratio) * tokens - 1e-9))
 
-
 @dataclass(frozen=True)
 class Config:
-    """Everything that fixes the model's shape and behaviour. The defaults are the paper's SCOTT-12/16
-    (12 blocks, cells of 16 px).
-
-    Raises ValueError, naming the value and what it must be, for a combination that cannot work.
-    """
+    """What fixes the model: by default the paper's SCOTT-12/16. InputError names a value that cannot work."""
 
     image_size: int = 224  # H, pixels
     dim: int = 384  # D
     depth: int = 12  # blocks of the encoder
     heads: int = 4  # attention heads, in encoder and predictor alike
-    predictor_depth: int = 3
-    # "scott": masked convolutions. To compare: "dense", the same but not masked again; "patch", a plain ViT's
-    tokenizer: str = "scott"
+    predictor_depth: int = 3  # blocks of the predictor
+    tokenizer: str = "scott"  # masked convolutions; to compare: "dense" (masked once), "patch" (a plain ViT)
     dropout: float = 0.2  # after adding positions, and on what attention adds to the tokens
     attention_dropout: float = 0.1  # on the attention weights
     drop_path: float = 0.1  # chance to skip what the last block adds; rises linearly from 0 at the first
@@ -69,83 +66,62 @@ class Config:
     masking: str = "block"  # "block": the visible part is made of rectangles; "random": of single tokens
 
     def __post_init__(self):
-        def require(holds, name, must_be):
+        def require(name, holds, must_be):
             if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {must_be}")
+                raise InputError(f"{name} is {getattr(self, name)!r}, it must be {must_be}")
 
         for name in ("image_size", "dim", "depth", "heads", "predictor_depth"):
             value = getattr(self, name)
-            most = 8192 if name in ("image_size", "dim") else 1024  # nobody means more than this
-            require(isinstance(value, int) and 1 <= value <= most, name, f"a whole number from 1 to {most}")
+            require(name, type(value) is int and 1 <= value <= 8192, "a whole number from 1 to 8192")
         for name in ("dropout", "attention_dropout", "drop_path", "mask_ratio"):
-            require(isinstance(getattr(self, name), (int, float)), name, "a number")
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            require(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
-        require(
-            self.image_size >= 2 * PATCH and self.image_size % PATCH == 0,
-            "image_size",
-            f"a multiple of {PATCH}, {2 * PATCH} or more",
-        )
-        require(self.dim % self.heads == 0, "dim", f"divisible by heads ({self.heads})")
-        require(self.dim % 4 == 0, "dim", "divisible by 4 (sine and cosine of row and of column)")
-        require(self.tokenizer in ("scott", "dense", "patch"), "tokenizer", "'scott', 'dense' or 'patch'")
-        require(self.masking in ("block", "random"), "masking", "'block' or 'random'")
-        require(0 < self.mask_ratio < 1, "mask_ratio", "more than 0 and less than 1")
-        require(
-            count_visible(self.tokens, self.mask_ratio) < self.tokens,
-            "mask_ratio",
-            f"at least 1/{self.tokens}, to hide at least one of an image's {self.tokens} tokens",
-        )
+            value = getattr(self, name)
+            require(name, type(value) in (int, float) and 0 <= value < 1, "at least 0 and less than 1")
+        require("image_size", self.grid >= 2 and self.image_size % PATCH == 0, "a multiple of 16 from 32 up")
+        require("dim", self.dim % math.lcm(4, self.heads) == 0, f"divisible by 4 and by heads ({self.heads})")
+        require("tokenizer", self.tokenizer in ("scott", "dense", "patch"), "'scott', 'dense' or 'patch'")
+        require("masking", self.masking in ("block", "random"), "'block' or 'random'")
+        hidden = self.tokens - count_visible(self.tokens, self.mask_ratio)
+        require("mask_ratio", hidden >= 1, f"large enough to hide one of {self.tokens} tokens")
 
     @property
-    def grid(self):
-        """g, tokens along a side of the image."""
+    def grid(self):  # g, tokens along a side of the image
         return self.image_size // PATCH
 
     @property
-    def tokens(self):
-        """N = g², tokens of an image."""
+    def tokens(self):  # N
         return self.grid**2
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Masks: what the context encoder may see
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Masks: what the context encoder may see ---------------------------------------------------------------
 
 def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
     """Draw a fresh mask for every image: bool [batch, grid²], True = visible, the same number in each row.
 
-    "block" lays rectangles of random size and shape on the grid until enough is visible. What stays hidden is
-    then made of large connected pieces, which cannot be guessed by carrying on the texture next door: the
-    model has to know what it is looking at. "random" picks single tokens.
+    "block" lays rectangles of random size and shape on the grid until enough is visible. The hidden part is
+    then made of large connected pieces. They cannot be guessed by continuing the texture next door: the model
+    has to know what it looks at. "random" picks single tokens; any other `masking` is an InputError.
 
     generator: a CPU torch.Generator; None uses torch's global one.
     """
     if masking not in ("block", "random"):
-        raise ValueError(f"masking is {masking!r}, it must be 'block' or 'random'")
+        raise InputError(f"masking is {masking!r}, it must be 'block' or 'random'")
     count = count_visible(grid**2, mask_ratio)
     if masking == "random":
         rank = torch.rand(batch, grid**2, generator=generator).argsort(dim=1)  # each row: 0 … N − 1, shuffled
         return rank < count
-    # Rectangles are drawn number by number: Python's own generator has no tensor to make for each.
+    # Rectangles are drawn one number at a time. Python's own generator makes no tensor for each of them.
     rng = random.Random(torch.randint(2**62, (), generator=generator).item())
-    digits = "".join(f"{block_mask(grid, count, rng):0{grid**2}b}" for _ in range(batch))
-    return (torch.frombuffer(bytearray(digits, "ascii"), dtype=torch.uint8) == ord("1")).view(batch, grid**2)
-
+    masks = np.stack([block_mask(grid, count, rng) for _ in range(batch)])  # [B, g, g]
+    return torch.from_numpy(masks).flatten(1)
 
 def block_mask(grid, count, rng):
-    """One mask with exactly `count` visible cells, a union of rectangles, as a whole number of grid² bits.
+    """One mask, a union of rectangles with exactly `count` visible cells: bool array [grid, grid].
 
-    Each rectangle covers about 16 cells or more, until fewer are missing, and is at most 3.3 times as wide as
-    high or as high as wide. A cell is a bit, the next row's is `grid` bits on: to set and count bits is
-    cheaper than to fill arrays, and a GPU needs thousands of masks a second.
+    A rectangle covers 16 cells or more, until fewer are missing; one side is at most 3.3 times the other.
     """
-    # column[h] is h cells, one above the other. Times a row of `width` bits, it has that row h times.
-    column = [sum(1 << grid * row for row in range(height)) for height in range(grid)]
-    visible, missing = 0, count
-    # A rectangle is at most grid − 1 on a side. On the smallest grids 16 cells are more than can fit: without
-    # this bound no draw would be accepted there, and the loop would not end.
+    visible = np.zeros((grid, grid), dtype=bool)
+    missing = count
+    # A side is at most grid − 1. On the smallest grids 16 cells are more than fit: without this bound no draw
+    # would be accepted there, and the loop would not end.
     smallest = min(16, (grid - 1) ** 2)
     while missing > 0:
         area = rng.uniform(min(smallest, missing), max(16, missing))
@@ -154,24 +130,19 @@ def block_mask(grid, count, rng):
         if height >= grid or width >= grid:
             continue
         top, left = int(rng.random() * (grid - height + 1)), int(rng.random() * (grid - width + 1))
-        rectangle = (column[height] * ((1 << width) - 1)) << (grid * top + left)
-        new = (rectangle & ~visible).bit_count()
-        if 0 < new <= missing:  # never overshoot: every image gets the same number of visible tokens
-            visible |= rectangle
+        rectangle = visible[top : top + height, left : left + width]  # a view: writing here changes the mask
+        new = rectangle.size - np.count_nonzero(rectangle)
+        if 0 < new <= missing:  # never too many: every image gets the same number of visible tokens
+            rectangle[:] = True
             missing -= new
     return visible
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizer: convolutions that cannot see what is hidden
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Tokenizer: convolutions that cannot see what is hidden ------------------------------------------------
 
 def hide(x, visible):
-    """Set a feature map to zero wherever its cell is hidden.
+    """Set a feature map to zero wherever its cell is hidden. With visible=None nothing is.
 
     x [B, C, S, S], visible bool [B, 1, g, g] with g a divisor of S  →  [B, C, S, S]
-    With visible=None everything is visible, and x is returned as it is.
     """
     if visible is None:
         return x
@@ -179,14 +150,13 @@ def hide(x, visible):
     visible = visible.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)  # [B, 1, S, S]
     return torch.where(visible, x, 0)  # not x · visible: 0 · NaN is NaN, and nothing hidden may come through
 
-
 class MaskedConv2d(nn.Conv2d):
-    """A convolution whose output knows the same places as its input, and no more.
+    """A convolution that forgets what it smeared across the mask.
 
-    Along the mask's edge a 7×7 kernel computes something for hidden places too, from the visible pixels it
-    reaches. If that stayed, the next layer would read it back as if those places had been seen, and layer by
-    layer the hole would fill up. Setting it to zero again keeps the hole's exact shape. This is submanifold
-    sparse convolution (Graham et al. 2017), done with dense kernels as in SparK (Tian et al. 2023).
+    At the mask's edge a 7×7 kernel mixes visible pixels into hidden places. Left there, the next layer would
+    read them as if they had been seen, and layer by layer the hole would fill up. So every output in a hidden
+    place is set to zero again: the hole keeps its exact shape. This is submanifold sparse convolution (Graham
+    et al. 2017), done with dense kernels as in SparK (Tian et al. 2023).
 
     x [B, C, S, S], visible [B, 1, g, g] or None  →  [B, C', S/2, S/2]
     """
@@ -198,55 +168,37 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x, visible=None):
         return hide(super().forward(x), visible)
 
-
 class MaskedMaxBlurPool(nn.Module):
     """Halve a feature map: the maximum of each 2×2 window, then a blur, then drop every second pixel.
 
-    The blur makes dropping pixels less harmful: without it the result changes when the image moves by one
-    pixel (Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"). Both steps look past the mask's
-    edge, so the hidden places are set to zero again afterwards.
+    The blur keeps the result from changing when the image moves by one pixel (Zhang 2019, "Making
+    Convolutional Networks Shift-Invariant Again"). It is the filter [1 2 1]ᵀ[1 2 1]/16, written as two means
+    over 2×2 windows. Both steps look past the mask's edge, so hidden places are set to zero again.
 
     x [B, C, S, S], visible [B, 1, g, g] or None  →  [B, C, S/2, S/2]
     """
 
-    def __init__(self, channels):
-        super().__init__()
-        row = torch.tensor([1.0, 2.0, 1.0]) / 4
-        # One 3×3 binomial filter per channel; fixed, so neither a parameter nor part of the checkpoint.
-        self.register_buffer("kernel", (row[:, None] * row).repeat(channels, 1, 1, 1), persistent=False)
-
     def forward(self, x, visible=None):
-        x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
-        x = F.conv2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])  # [B, C, S/2, S/2]
+        if x.requires_grad or x.device.type != "cpu":
+            x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
+        else:  # the same, many times as fast on a CPU, but only where no gradient is needed
+            x = torch.maximum(x[:, :, 1:], x[:, :, :-1])
+            x = torch.maximum(x[:, :, :, 1:], x[:, :, :, :-1])
+        x = F.avg_pool2d(x, kernel_size=2, stride=1, padding=1)  # [B, C, S, S], zeros beyond the border
+        x = F.avg_pool2d(x, kernel_size=2)  # [B, C, S/2, S/2]
         return hide(x, visible)
 
-
-def check_images(images, visible):
-    """Return the grid side g of a batch of images; ValueError if the shapes can't be right."""
-    B, C, H, W = images.shape if images.dim() == 4 else (0, 0, 0, 0)
-    if C != 3 or H != W or H % PATCH or H < 2 * PATCH:
-        raise ValueError(
-            f"images are {tuple(images.shape)}, they must be [B, 3, H, H] with H a multiple of "
-            f"{PATCH}, {2 * PATCH} or more"
-        )
-    grid = H // PATCH
-    if visible is not None and (visible.shape != (B, grid**2) or visible.dtype != torch.bool):
-        raise ValueError(
-            f"visible is {visible.dtype} {tuple(visible.shape)}, it must be torch.bool {(B, grid**2)}"
-        )
-    return grid
-
-
 class Tokenizer(nn.Module):
-    """Cut an image into N tokens, each a vector of D features of one 16×16 px cell and what lies around it.
+    """Turn an image into N tokens. Each has D features of one 16×16 px cell and of what lies around it.
 
-    A plain ViT cuts with one big linear map a patch ("patch"), and has to learn from data that neighbouring
-    pixels belong together. Two stages of convolution and pooling ("scott") know it from the start, which is
-    what a few thousand images are too few to teach. Overlapping kernels would however carry hidden pixels
-    into visible tokens, so the mask is an argument, and stands after every layer that looks around.
+    A plain ViT ("patch") maps each patch by one big matrix. It has to learn from data that neighbouring
+    pixels belong together, and a few thousand images cannot teach that. Two stages of convolution and pooling
+    ("scott") have it built in. But overlapping kernels carry hidden pixels into visible tokens (*peeking*)
+    and fill the hole from its rim (*filling*). So the mask acts before the first layer and after each one.
 
     images [B, 3, H, H], visible bool [B, N] or None (everything is visible)  →  [B, N, D]
-    Hidden places come out as zeros ("patch" ignores the mask, for its cells do not overlap).
+    Hidden places come out as zeros ("scott"), as what their rim implies ("dense"), or, since patches do not
+    overlap and need no mask, as they are ("patch").
     """
 
     def __init__(self, config):
@@ -256,49 +208,49 @@ class Tokenizer(nn.Module):
             self.conv = nn.Conv2d(3, config.dim, kernel_size=PATCH, stride=PATCH)
             nn.init.kaiming_normal_(self.conv.weight)
         else:
-            self.conv1, self.pool1 = MaskedConv2d(3, 64), MaskedMaxBlurPool(64)
-            self.conv2, self.pool2 = MaskedConv2d(64, config.dim), MaskedMaxBlurPool(config.dim)
+            self.conv1, self.pool1 = MaskedConv2d(3, 64), MaskedMaxBlurPool()
+            self.conv2, self.pool2 = MaskedConv2d(64, config.dim), MaskedMaxBlurPool()
 
     def forward(self, images, visible=None):
-        grid = check_images(images, visible)
+        B, C, H, W = images.shape if images.dim() == 4 else (0, 0, 0, 0)
+        if C != 3 or H != W or H % PATCH or H < 2 * PATCH:
+            raise InputError(f"images are {tuple(images.shape)}, they must be [B, 3, H, H], H = 32, 48, 64 …")
+        grid = H // PATCH
+        if visible is not None and (visible.shape != (B, grid**2) or visible.dtype != torch.bool):
+            raise InputError(f"visible is {visible.dtype} {[*visible.shape]}, it must be bool {[B, grid**2]}")
         x = images.contiguous(memory_format=torch.channels_last)  # the order convolutions are fastest in
         if self.kind == "patch":
             x = self.conv(x)  # [B, D, g, g]
         else:
             if visible is not None:
                 visible = visible.view(-1, 1, grid, grid)
-            x = hide(x, visible)  # [B, 3, H, H]: no hidden pixel gets any further than here
+            x = hide(x, visible)  # [B, 3, H, H]: no hidden pixel gets past this line, so no layer can peek
             if self.kind == "dense":
-                visible = None  # ordinary convolutions from here on, to measure what re-masking is worth
+                visible = None  # ordinary convolutions from here on: the hole fills. To compare with
             x = F.relu(self.conv1(x, visible))  # [B, 64, H/2, H/2]
             x = self.pool1(x, visible)  # [B, 64, H/4, H/4]
             x = F.relu(self.conv2(x, visible))  # [B, D, H/8, H/8]
             x = self.pool2(x, visible)  # [B, D, g, g]
         return x.flatten(2).transpose(1, 2)  # [B, N, D], row by row
 
+# ---- Transformer blocks ------------------------------------------------------------------------------------
 
-# ------------------------------------------------------------------------------------------------------------
-# Transformer blocks
-# ------------------------------------------------------------------------------------------------------------
-
-
-def position_embedding(grid, dim):
+def position_embedding(grid, dim, device=None):
     """Fixed 2-D sine-cosine positions, float [grid², dim]: half the channels tell the row, half the column.
 
-    Each half is [sin(p·ω), cos(p·ω)] with ω_k = 10000^(−k/(dim/4)), k = 0 … dim/4 − 1. Nothing here is
-    learned, so the same encoder can be run on a grid of another size.
+    Each half is [sin(p·ω), cos(p·ω)] with ω_k = 10000^(−k/(dim/4)), k = 0 … dim/4 − 1. Nothing is learned or
+    stored here, so the same encoder runs on a grid of any size.
     """
-    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # [g, D/4]
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [g, D/2], the places along one axis
-    rows, columns = line.repeat_interleave(grid, dim=0), line.repeat(grid, 1)  # [N, D/2] each
-    return torch.cat([rows, columns], dim=1).float()
-
+    precise = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # MPS has none
+    omega = 10000 ** (-torch.arange(dim // 4, dtype=precise, device=device) / (dim // 4))
+    angles = torch.arange(grid, dtype=precise, device=device)[:, None] * omega  # [g, D/4]
+    line = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [g, D/2], the places along one axis
+    rows, columns = line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)  # [g, g, D/2] each
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 def layer_norm(x):
     """LayerNorm over the channels, no weight, no bias, eps 1e-5: every token gets mean 0 and variance 1."""
     return F.layer_norm(x, x.shape[-1:])
-
 
 def init_linear(module):
     """The start of every Linear in the blocks: truncated normal with standard deviation 0.02, bias 0."""
@@ -307,9 +259,16 @@ def init_linear(module):
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
+def attend(q, k, v, dropout):
+    """Attention: softmax(q kᵀ / √d) v, with dropout on the weights.  Each [B, heads, tokens, d] → like q"""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # the GPU's single fused kernel
+    # On a CPU these three products are faster: up to 10 times in bf16, with so few tokens.
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)  # [B, heads, tokens, tokens]
+    return F.dropout(weights, dropout) @ v
 
 class Attention(nn.Module):
-    """Multi-head self-attention: each token gathers what it needs from all.  [B, N, D] → [B, N, D]"""
+    """Multi-head self-attention: each token gathers what it needs from all tokens.  [B, N, D] → [B, N, D]"""
 
     def __init__(self, config):
         super().__init__()
@@ -321,25 +280,18 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D/heads]
-        dropout = self.attention_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # [B, heads, N, D/heads]
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        x = attend(q, k, v, self.attention_dropout if self.training else 0.0)  # [B, heads, N, D/heads]
         x = x.transpose(1, 2).reshape(B, N, D)
         return self.dropout(self.proj(x))
-
-
-def swiglu_width(dim):
-    """Hidden channels of the feed-forward layer: about 8D/3, so three matrices cost what two of 4D would."""
-    return 128 * max(1, round(8 * dim / 3 / 128))  # multiples of 128 are what GPUs multiply fastest
-
 
 class SwiGLU(nn.Module):
     """The feed-forward layer: W₃(silu(a) · b) with [a, b] = W₁₂ x (Shazeer 2020).  [..., D] → [..., D]"""
 
     def __init__(self, dim):
         super().__init__()
-        hidden = swiglu_width(dim)
+        # About 8D/3 channels: three matrices then cost what two of 4D would. GPUs like multiples of 128.
+        hidden = 128 * max(1, round(8 * dim / 3 / 128))
         self.w12 = nn.Linear(dim, 2 * hidden, bias=False)
         self.w3 = nn.Linear(hidden, dim, bias=False)
 
@@ -347,38 +299,24 @@ class SwiGLU(nn.Module):
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
 
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a whole branch for some samples, and scale it up for the others."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):
-        if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)  # [B, 1, 1]
-        return x * keep / (1 - self.rate)
-
-
 class Block(nn.Module):
     """One transformer block.  [B, N, D] → [B, N, D]
 
-    Attention and feed-forward layer are branches: each adds to what passes by them, the residual stream x.
-    Unlike in most transformers the second LayerNorm stands on the stream itself, not only on the branch: what
-    leaves the attention is normalised and *then* added to. That keeps its scale in bounds through all blocks.
+    Attention and feed-forward layer are branches: each adds to the residual stream x that passes by them.
+    In most transformers each LayerNorm stands on a branch. Here the second one stands on the stream itself: x
+    is normalised, *then* the feed-forward layer adds to it. So x never grows large.
 
-    place: which block this is, 1 to depth. It sets the drop-path rate and the scale of the initial weights.
+    place: which block this is, 1 to depth. It sets the drop-path rate and the scale of the first weights.
     """
 
     def __init__(self, config, place, depth):
         super().__init__()
         self.attention = Attention(config)
         self.mlp = SwiGLU(config.dim)
-        self.drop_path = DropPath(config.drop_path * (place - 1) / max(1, depth - 1))
+        # In training, drop the whole branch for some samples, and scale it up for the others.
+        self.drop_path = StochasticDepth(config.drop_path * (place - 1) / max(1, depth - 1), mode="row")
         self.apply(init_linear)
-        # Each block adds to the stream twice; the deeper it stands the less, so that the sum grows slowly.
+        # Each block adds to the stream twice. Deeper blocks start smaller, so that the sum grows slowly.
         with torch.no_grad():
             self.attention.proj.weight /= math.sqrt(2 * place)
             self.mlp.w3.weight /= math.sqrt(2 * place)
@@ -388,22 +326,17 @@ class Block(nn.Module):
         x = layer_norm(x)
         return x + self.drop_path(self.mlp(x))
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Encoder
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Encoder -----------------------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
     """Tokenizer and transformer. Context and target encoder are both of this class; you keep one of them.
 
-    images [B, 3, H, H], visible bool [B, N] or None  →  [B, N, D]. No class token, no final norm: features
-    for other tasks are `layer_norm` of these tokens.
+    images [B, 3, H, H], visible bool [B, N] or None  →  [B, N, D]. There is no class token and no final norm:
+    features for other tasks are `layer_norm` of these tokens.
 
     The transformer always sees N tokens. Hidden places carry a learned mask token plus their position (as in
-    BEiT), so the encoder knows *where* something is missing, and shapes never change. H may be any multiple
-    of 16 from 32 up, whatever size the encoder was trained at: run it at 448 px for features twice as dense
-    (the places beyond those it was trained on are new to it).
+    BEiT): the encoder knows *where* something is missing, and shapes never change. H may be any multiple of
+    16 from 32 up, whatever size the encoder was trained at: at 448 px the features are twice as dense.
     """
 
     def __init__(self, config):
@@ -411,69 +344,56 @@ class Encoder(nn.Module):
         self.config = config
         self.tokenizer = Tokenizer(config)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
+        # As good as zero: at first a hidden place only says where it is. What more to say is learned.
         nn.init.trunc_normal_(self.mask_token, std=1e-6)
-        positions = position_embedding(config.grid, config.dim)  # [N, D]
-        self.register_buffer("positions", positions, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i + 1, config.depth) for i in range(config.depth))
 
     def forward(self, images, visible=None):
         x = self.tokenizer(images, visible)  # [B, N, D]
         if visible is not None:
+            # The mask token takes the place of the last pool's zeros. The tokenizer makes them all the same:
+            # each of its layers keeps one rule, and its output can be read without an encoder.
             x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))
-        positions = self.positions
-        if x.shape[1] != len(positions):  # an image of another size than in training
-            positions = position_embedding(math.isqrt(x.shape[1]), x.shape[2]).to(positions)
-        x = self.dropout(x + positions)
+        positions = position_embedding(images.shape[-1] // PATCH, x.shape[2], x.device)  # [N, D]
+        x = self.dropout(x + positions.to(self.mask_token.dtype))
         for block in self.blocks:
             x = block(x)
         return x
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Predictor
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Predictor ---------------------------------------------------------------------------------------------
 
 class Predictor(nn.Module):
     """Guess the target encoder's tokens from the context encoder's.  [B, N, D] → [B, N, D]
 
-    It is much smaller than the encoder on purpose. It is thrown away after training, and what it could work
+    It is much smaller than the encoder on purpose: it is thrown away after training, and what it could work
     out by itself the encoder would not have to learn.
     """
 
     def __init__(self, config):
         super().__init__()
-        positions = position_embedding(config.grid, config.dim)  # [N, D]
-        self.register_buffer("positions", positions, persistent=False)
+        self.shape = config.tokens, config.dim
         self.dropout = nn.Dropout(config.dropout)
         depth = config.predictor_depth
         self.blocks = nn.ModuleList(Block(config, i + 1, depth) for i in range(depth))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.dim)
-        # These blocks follow the encoder's, so their initial weights shrink once more, by their place in the
-        # whole chain.
+        # These blocks follow the encoder's: their weights shrink once more, by place in the whole chain.
         with torch.no_grad():
             for place, block in enumerate(self.blocks, start=config.depth + 1):
                 block.attention.proj.weight /= math.sqrt(2 * place)
                 block.mlp.w3.weight /= math.sqrt(2 * place)
 
     def forward(self, tokens):
-        if tokens.dim() != 3 or tokens.shape[1:] != self.positions.shape:
-            raise ValueError(
-                f"tokens are {tuple(tokens.shape)}, they must be [B, N, D] with N, D = "
-                f"{tuple(self.positions.shape)}"
-            )
-        x = self.dropout(tokens + self.positions)  # once more: a hidden place must know which one it is
+        if tokens.shape[1:] != self.shape:
+            raise InputError(f"tokens are {tuple(tokens.shape)}, they must be [B, N, D], N, D = {self.shape}")
+        positions = position_embedding(math.isqrt(self.shape[0]), self.shape[1], tokens.device)  # [N, D]
+        x = self.dropout(tokens + positions.to(self.head.weight.dtype))  # again: a guess depends on the place
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(F.silu(x)))  # the SiLU before the norm is the paper's
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Loss and model
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Loss and model ----------------------------------------------------------------------------------------
 
 def jepa_loss(prediction, target, visible):
     """How far the prediction is from the target, in feature space and at the hidden places only.  → scalar
@@ -483,25 +403,30 @@ def jepa_loss(prediction, target, visible):
 
     prediction, target [B, N, D]; visible bool [B, N], with at least one hidden token in each image.
     """
-    shapes = prediction.shape == target.shape and visible.shape == prediction.shape[:2]
-    if not shapes or visible.dtype != torch.bool:
-        raise ValueError(
-            f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)} and visible {visible.dtype} "
-            f"{tuple(visible.shape)} must be [B, N, D], [B, N, D] and torch.bool [B, N]"
-        )
+    shapes = tuple(prediction.shape), tuple(target.shape), tuple(visible.shape)
+    if shapes[0] != shapes[1] or shapes[2] != shapes[0][:2] or visible.dtype != torch.bool:
+        raise InputError(f"shapes are {shapes}, they must be [B, N, D] twice, and bool [B, N]")
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(dim=2)  # [B, N]
     return (error.masked_fill(visible, 0).sum(dim=1) / (~visible).sum(dim=1)).mean()
 
+@torch.no_grad()
+def target_deviation(target):
+    """target_std, the collapse watch: how much a channel varies from image to image, mean over all of them.
+
+    [B, N, D] normalised target tokens → scalar. Near 1 the encoder tells all images apart. At 0 it says the
+    same about every image, even if it still tells one place from another.
+    """
+    return target.float().std(dim=0).mean()
 
 class MIMJEPA(nn.Module):
     """Masked image modelling with a joint-embedding predictive architecture: the parts tied together.
 
-    Why doesn't it collapse? If both encoders said the same about every picture, the loss could be zero.
-    Nothing in the loss forbids that, and with bad settings it happens: train.py watches for it. In practice
-    this prevents it: no gradient reaches the target encoder, so the two cannot agree on a constant by moving
-    towards each other. It only follows the context encoder, slowly, as a moving average of its weights (EMA),
-    and to get closer to something that hardly moves one has to predict it. The LayerNorm on the targets rules
-    out the cheapest way down, which is to shrink them.
+    Why does it not collapse? If both encoders said the same about every image, the loss could be zero. With
+    bad settings that happens: `target_deviation` shows it. Two things prevent it in practice. No gradient
+    reaches the target encoder, so the two cannot agree on a constant by moving towards each other. And the
+    target encoder follows slowly, as a moving average (EMA) of the context encoder's weights: to agree with
+    something that hardly moves, one has to predict it. The LayerNorm on the targets rules out the cheapest
+    way down, which is to shrink them.
     """
 
     def __init__(self, config):
@@ -514,7 +439,7 @@ class MIMJEPA(nn.Module):
         self.target_encoder.requires_grad_(False).eval()
 
     def train(self, mode=True):
-        """As usual, but the target encoder stays in eval mode: a target is no place for dropout's noise."""
+        """As usual, but the target encoder stays in eval mode: dropout would add noise to the targets."""
         super().train(mode)
         self.target_encoder.eval()
         return self
@@ -530,65 +455,76 @@ class MIMJEPA(nn.Module):
         loss = jepa_loss(self.predictor(context), target, visible)
         return (loss, target) if return_target else loss
 
-    @torch.no_grad()
     def update_target(self, momentum):
         """After each optimiser step, for all parameters: target ← m · target + (1 − m) · context."""
         targets, contexts = list(self.target_encoder.parameters()), list(self.context_encoder.parameters())
-        torch._foreach_lerp_(targets, contexts, 1 - momentum)  # one call for all tensors, not one each
+        get_ema_multi_avg_fn(momentum)(targets, contexts, None)  # target.lerp_(context, 1 − m), in one call
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Using a trained encoder
-# ------------------------------------------------------------------------------------------------------------
-
+# ---- Using a trained encoder -------------------------------------------------------------------------------
 
 FORMAT = "scott-mim-jepa 1"  # what a checkpoint of this code says it is
 
-
 def load_checkpoint(path):
-    """Read what train.py saved: a dict of tensors and plain types. ValueError if it is anything else.
-
-    `weights_only` is what makes opening a stranger's checkpoint safe: a full unpickling would run code from
-    the file.
-    """
+    """Read what train.py saved: a dict of tensors and plain types. InputError if it is anything else."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the checksums
             if archive.testzip() is not None:
                 raise ValueError("a checksum is wrong")
+        # A full unpickling would run code from the file: `weights_only` makes a stranger's checkpoint safe.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # a damaged file can lead the unpickler to any error
-        raise ValueError(f"{path} is damaged, or not a checkpoint of train.py") from None
+        raise InputError(f"{path} is damaged, or not a checkpoint of train.py") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this version of train.py")
-    try:
-        with torch.device("meta"):  # the shapes without the memory
-            expected = MIMJEPA(Config(**checkpoint["config"])).state_dict()
-        found = checkpoint["model"]
-        for name in expected.keys() | found.keys():
-            if name not in expected or name not in found or found[name].shape != expected[name].shape:
-                raise ValueError(f"tensor {name} is missing, unknown or of the wrong shape")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the model it says it holds ({error})") from None
+        raise InputError(f"{path} is not a checkpoint of this version of train.py")
     return checkpoint
 
-
 def load_encoder(checkpoint, which="context", device="cpu"):
-    """A trained encoder, in eval mode and without gradients.
+    """A trained encoder, in eval mode and without gradients, for images normalised as train.py does.
 
-        encoder = load_encoder("runs/pets/ckpt.pt")
-        tokens = encoder(images)  # images [B, 3, H, H], normalised with ImageNet's mean and deviation
-        features = layer_norm(tokens).mean(dim=1)  # [B, D]
-
-    checkpoint is a path, or what load_checkpoint returned; which is "context" or "target". Raises ValueError
-    for another `which`, or a file that is no checkpoint.
+    checkpoint is a path, or what load_checkpoint returned. InputError if it does not hold such an encoder.
     """
     if which not in ("context", "target"):
-        raise ValueError(f"which is {which!r}, it must be 'context' or 'target'")
+        raise InputError(f"which is {which!r}, it must be 'context' or 'target'")
     saved = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
-    encoder = Encoder(Config(**saved["config"]))
     prefix = f"{which}_encoder."
-    weights = {name.removeprefix(prefix): w for name, w in saved["model"].items() if name.startswith(prefix)}
-    encoder.load_state_dict(weights)
+    try:
+        encoder = Encoder(Config(**saved["config"]))
+        weights = {n.removeprefix(prefix): w for n, w in saved["model"].items() if n.startswith(prefix)}
+        encoder.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # torch's has several lines
+        raise InputError(f"the checkpoint does not hold the encoder it says it holds ({reason})") from None
     return encoder.to(device).requires_grad_(False).eval()
+
+# ---- A demonstration: one step of training, on noise -------------------------------------------------------
+
+def show(stage, tensor, about):
+    print(f"{stage:15} {str([*tensor.shape]):15} {about}")
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = MIMJEPA(Config(image_size=96, dim=64, depth=2, dropout=0, attention_dropout=0, drop_path=0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    images, visible = torch.randn(8, 3, 96, 96), sample_masks(8, grid=6)
+    show("images", images, "noise; both views are the same here")
+    show("visible", visible, f"{visible[0].sum()} of 36 tokens of each image. The first image's mask:")
+    for row in visible[0].view(6, 6).tolist():
+        print(" " * 32 + " ".join("#" if cell else "." for cell in row))
+    tokens = model.context_encoder.tokenizer(images, visible)
+    show("tokens", tokens, f"largest number in a hidden place: {tokens[~visible].abs().max():.0f}")
+    context = model.context_encoder(images, visible)
+    show("context", context, "in all places: the hidden ones carry the mask token")
+    show("prediction", model.predictor(context), "what the target encoder may say")
+    loss, target = model(images, images, visible, return_target=True)
+    show("target", target, f"what it says, from the whole image; target_std {target_deviation(target):.2f}")
+    loss.backward()
+    optimizer.step()
+    after = model(images, images, visible)
+    show("loss", loss, f"{loss:.2f}, over the hidden places; {after:.2f} after one gradient step")
+    ours, theirs = (e.blocks[0].mlp.w3.weight for e in (model.context_encoder, model.target_encoder))
+    gap = (ours - theirs).norm()
+    model.update_target(momentum=0.996)
+    moved = 1 - (ours - theirs).norm() / gap
+    show("target weight", theirs, f"has moved {moved:.1%} of the way to the context encoder's")
