@@ -464,6 +464,7 @@ def photos():
 def another_user():
     """Root may read and write everything: what needs a right that is missing, another user has to try."""
     Image.init()  # loads Pillow's formats
+    trained("--max-steps 1", "as root")  # loads what torch imports late: the other user may not read it
     become = os.setresuid if os.getuid() == 0 else lambda *_: None
     become(65534, 65534, 0)
     try:
