@@ -315,7 +315,7 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
     cache = open_cache(home, shape) or open_cache(away, shape)
     pixels, sizes, bad = cache or build_cache(home if writable(home.parent) else away, items, shape)
     if bad:
-        more = [f"and {len(bad) - 40} more, listed beside the cache in …{name[-20:-4]}.bad.txt"] * (len(bad) > 40)
+        more = [f"and {len(bad) - 40} more, in the cache's {name[:-4]}.bad.txt"] * (len(bad) > 40)
         text = f"{len(bad)} of {len(items)} files, which cannot be used: {'; '.join(bad[:40] + more)}"
         if not recipe["skip_bad_images"]:
             raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
