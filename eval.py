@@ -98,10 +98,12 @@ PROBES = {"simple": SimpleProbe, "multi-head": MultiHeadProbe, "cross": CrossPro
 
 # ---- Features and figures ----------------------------------------------------------------------------------
 
-def centre_crops(sizes):
-    """The test-time crop, as draw_crops gives it: the central square, 224/256 of the shorter side."""
-    side = sizes.amin(1, keepdim=True) * 224 / 256 / sizes  # [B, 2] shares
-    return torch.cat([(1 - side) / 2, side], dim=1)
+def central_views(loader, rows):
+    """The central square of each picture, 224/256 of its shorter side: [B, 3, H, H] from 0 to 1."""
+    sizes, side = loader.sizes[rows], loader.pixels.shape[-1]
+    crop = (sizes.amin(1, keepdim=True) * 224 / 256 / sizes * side).round().clamp(min=1)
+    crops = torch.cat([((side - crop) / 2).floor(), crop], dim=1).long()  # left, top, width, height
+    return crop_and_resize(loader.pixels, rows, crops, loader.image_size).to(loader.device) / 255
 
 class Features:
     """The frozen encoder as a function: images [B, 3, H, H] → normalised tokens [B, N, D], no gradient."""
@@ -116,11 +118,10 @@ class Features:
         with self.machine.autocast():
             return layer_norm(self.encoder(images)).float()
 
-    def of_test_views(self, loader, rows, image_size, batch_size=64):
-        """Tokens of the central crops of `rows`, batch by batch."""
+    def of_central_views(self, loader, rows, batch_size=64):
+        """Tokens of `rows`, batch by batch."""
         for part in rows.split(batch_size):
-            crops = centre_crops(loader.sizes[part]).to(self.machine.device)
-            yield self(normalise(crop_and_resize(loader.read(part), crops, None, image_size)))
+            yield self(normalise(central_views(loader, part)))
 
 def accuracies(scores, labels):
     """(top-1, top-5, mean per class) in percent; scores [n, classes], −∞ for no guess at all; labels [n]."""
@@ -169,7 +170,7 @@ class Data:
     test: torch.Tensor
     classes: int
 
-def split_data(pictures, pixels, sizes, seed, machine, per_class=0):
+def split_data(pictures, pixels, sizes, image_size, seed, machine, per_class=0):
     """The readable pictures that have labels; per_class: how many of each class to train on, 0 for all."""
     labels = torch.tensor(pictures.labels)
     rows = torch.arange(len(labels)).tensor_split([pictures.train])
@@ -179,10 +180,10 @@ def split_data(pictures, pixels, sizes, seed, machine, per_class=0):
         train = torch.cat([train[labels[train] == label][:per_class] for label in labels[train].unique()])
     if len(labels[train].unique()) < 2 or len(test) == 0:
         raise InputError("no readable pictures of two classes to train probes on, or none to test them on")
-    loader = Loader(pixels, sizes, train, min(64, len(train)), seed, machine)
+    loader = Loader(pixels, sizes, train, min(64, len(train)), image_size, seed, machine)
     return Data(loader, labels, train, test, len(pictures.classes))
 
-def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what, seed, peak_lr=5e-4):
+def train_on_labels(forward, parameters, data, epochs, warmup, what, seed, peak_lr=5e-4):
     """The supervised loop, for probes and whole networks: AdamW and the schedules of pretraining.
 
     forward: views [B, 3, H, H] → logits [B, classes] of each head; losses are added. warmup: share of steps
@@ -195,7 +196,7 @@ def train_on_labels(forward, parameters, data, image_size, epochs, warmup, what,
     for step, (draws, rows, _) in batches:
         set_schedule(optimizer, *schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)[:2])
         target = data.labels[rows].to(loader.device)
-        losses = [F.cross_entropy(logits, target) for logits in forward(loader.views(*draws, image_size))]
+        losses = [F.cross_entropy(logits, target) for logits in forward(loader.views(*draws))]
         sum(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -211,14 +212,14 @@ def train_probes(features, data, config, epochs, seed):
         # The probes share no weights, so from the sum of their losses each gets the gradient of its own.
         return [probe(tokens) for probe in probes.values()]
 
-    train_on_labels(forward, probes.parameters(), data, config.image_size, epochs, 0.2, "probes", seed)
+    train_on_labels(forward, probes.parameters(), data, epochs, 0.2, "probes", seed)
     return probes.eval()
 
 @torch.no_grad()
-def score_probes(features, probes, data, image_size):
+def score_probes(features, probes, data):
     """{probe: (top-1, top-5, mean per class)} in percent, on the test split."""
     scores = {name: [] for name in probes}
-    for tokens in features.of_test_views(data.loader, data.test, image_size):
+    for tokens in features.of_central_views(data.loader, data.test):
         for name, probe in probes.items():
             scores[name].append(probe(tokens))
     return {name: accuracies(torch.cat(parts), data.labels[data.test]) for name, parts in scores.items()}
@@ -227,7 +228,7 @@ def evaluate(features, data, config, epochs, seed):
     """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent."""
 
     def averages(rows):
-        batches = features.of_test_views(data.loader, rows, config.image_size)
+        batches = features.of_central_views(data.loader, rows)
         batches = tqdm(batches, "extracting features", len(rows.split(64)), leave=False, disable=None)
         return torch.cat([tokens.mean(1) for tokens in batches])
 
@@ -238,7 +239,7 @@ def evaluate(features, data, config, epochs, seed):
                "linear": accuracies(linear(train, labels, test, data.classes), truth)}  # fmt: skip
     if epochs > 0:
         probes = train_probes(features, data, config, epochs, seed)
-        results |= score_probes(features, probes, data, config.image_size)
+        results |= score_probes(features, probes, data)
     return results
 
 def supervise(encoder, data, config, epochs, recipe, machine):
@@ -255,9 +256,8 @@ def supervise(encoder, data, config, epochs, recipe, machine):
             return [probe(layer_norm(encoder(images))).float()]
 
     parameters = [*encoder.parameters(), *probe.parameters()]
-    settings = config.image_size, epochs, 40 / 300, "training on labels", recipe["seed"], recipe["lr"]
-    train_on_labels(forward, parameters, data, *settings)
-    return score_probes(Features(encoder, machine), {"simple": probe.eval()}, data, config.image_size)
+    train_on_labels(forward, parameters, data, epochs, 40 / 300, "on labels", recipe["seed"], recipe["lr"])
+    return score_probes(Features(encoder, machine), {"simple": probe.eval()}, data)
 
 # ---- What the tokens look like -----------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ def probe_checkpoint(path, args, machine):
         need = "labelled pictures of two classes or more, in train/<class>/… and test/<class>/…"
         raise InputError(f"{data_dir} is not enough for probes, which need {need}")
     pixels, sizes = load_pixels(pictures, dataset, data_dir, folder, recipe)
-    data = split_data(pictures, pixels, sizes, seed, machine, args.labels)
+    data = split_data(pictures, pixels, sizes, config.image_size, seed, machine, args.labels)
     counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
     print(f"{dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
 
@@ -384,8 +384,7 @@ def probe_checkpoint(path, args, machine):
     if not args.no_pca:
         generator = generator_for(seed, 5)
         rows = data.test[torch.randperm(len(data.test), generator=generator)[:6]]
-        images = crop_and_resize(pixels[rows], centre_crops(sizes[rows]), None, config.image_size)
-        images = images.to(machine.device)
+        images = central_views(data.loader, rows)
         written.append(folder / f"pca{tag}.png")
         save_grid(written[-1], pca_columns(features["trained"], images))
         if config.tokenizer != "patch":

@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -382,51 +382,36 @@ def fill(pixels, items, what):
 
 # ---- Views: crops and colours, drawn for each picture, computed for all at once ----------------------------
 
+def to_device(tensor, device):
+    """A copy on the device. A GPU's is made without waiting for it, which is safe from pinned memory only."""
+    pin = device.type == "cuda"
+    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which everyone uses
 
-def draw_crops(sizes, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
+def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
     """Random resized crops, as torchvision's: uniform in their share of the area, log-uniform in aspect.
-    sizes [B, 2] width, height in pixels  →  [B, 4] left, top, width, height as shares of the picture."""
-    B, size = len(sizes), sizes[:, None]  # [B, 1, 2]
-    area = size.prod(-1) * torch.empty(B, tries).uniform_(*scale, generator=generator)
-    aspect = torch.empty(B, tries).uniform_(*map(math.log, ratio), generator=generator).exp()
-    crop = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1).round()  # [B, tries, 2]
-    fits = ((crop > 0) & (crop <= size)).all(-1)  # [B, tries]
+    sizes [B, 2]: true width, height  →  long [B, 4]: left, top, width, height, in pixels of the cache"""
+    B, shape = len(sizes), sizes[:, :1] / sizes[:, 1:]  # [B, 1], width / height of the whole picture
+    area = torch.empty(B, tries).uniform_(*scale, generator=generator)
+    aspect = torch.empty(B, tries).uniform_(*map(math.log, ratio), generator=generator).exp() / shape
+    crop = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1)  # [B, tries, 2], shares
+    fits = (crop <= 1).all(-1)  # [B, tries]
     crop = crop[torch.arange(B), fits.int().argmax(1)]  # [B, 2], the first try that fits
-    corner = (torch.rand(B, 2, generator=generator) * (sizes - crop + 1)).floor()
     # If no try fits into the picture, the crop is the largest centred one of an allowed ratio.
-    largest = torch.minimum(sizes, torch.stack([sizes[:, 1] * ratio[1], sizes[:, 0] / ratio[0]], -1).round())
-    fits = fits.any(1)[:, None]
-    crop = torch.where(fits, crop, largest)
-    corner = torch.where(fits, corner, ((sizes - largest) / 2).floor())
-    return torch.cat([corner / sizes, crop / sizes], dim=1)
+    largest, fits = torch.cat([ratio[1] / shape, shape / ratio[0]], dim=1).clamp(max=1), fits.any(1)[:, None]
+    crop = (torch.where(fits, crop, largest) * side).round().clamp(min=1)
+    place = torch.where(fits, torch.rand(B, 2, generator=generator), 0.5)
+    return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
-def resize_matrix(start, length, source, out):
-    """One axis of crop-and-resize as a matrix: [B, out, source] weights, rows summing to 1.
-    Antialiased bicubic interpolation (Keys, a = −1/2), as Pillow's. As a matrix it runs anywhere, and each
-    picture of a batch can have its own crop. start, length [B]: the crop, in source pixels."""
-    scale = (length / out)[:, None]  # source pixels for each output pixel
-    centre = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale  # [B, out]
-    pixel = torch.arange(source, device=start.device) + 0.5  # [source]
-    x = (pixel - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]  # [B, out, source]
-    near, far = 1 + x * x * (1.5 * x - 2.5), 2 + x * (-4 + x * (2.5 - 0.5 * x))
-    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    slack = (1.02 - length).clamp(min=0) / 2  # a crop thinner than a pixel must still hold one's centre
-    first, last = (start - slack)[:, None], (start + length + slack)[:, None]
-    weight = weight * ((pixel > first) & (pixel < last))[:, None]  # nothing from beyond the crop
-    return weight / weight.sum(dim=2, keepdim=True)
-
-def crop_and_resize(pixels, crops, flip, out):
-    """Cut a crop out of each picture and scale it: uint8 [B, 3, S, S] → float [B, 3, out, out] from 0 to 1.
-    crops [B, 4]: left, top, width, height as shares of the picture. flip bool [B] or None: mirror it?"""
-    side = pixels.shape[-1]
-    left, top, width, height = (crops * side).unbind(1)
-    across, down = resize_matrix(left, width, side, out), resize_matrix(top, height, side, out)  # [B, out, S]
-    if flip is not None:
-        across = torch.where(flip[:, None, None], across.flip(1), across)
-    rows = pixels.float().flatten(1, 2) @ across.mT  # [B, 3·S, out]
-    images = (down / 255)[:, None] @ rows.unflatten(1, (3, side))  # [B, 3, out, out]
-    return images.clamp(0, 1)  # bicubic weights can be negative and overshoot
+def crop_and_resize(pixels, rows, crops, out):
+    """Cut a crop out of each picture and scale it by antialiased bicubic interpolation, Pillow's.
+    pixels uint8 [n, 3, S, S]; rows [B]: of which pictures; crops long [B, 4]  →  uint8 [B, 3, out, out]"""
+    images = torch.empty(len(rows), 3, out, out, dtype=torch.uint8)
+    for i, (row, (left, top, width, height)) in enumerate(zip(rows.tolist(), crops.tolist())):
+        crop = pixels[row, None, :, top : top + height, left : left + width]
+        images[i] = F.interpolate(crop, (out, out), mode="bicubic", antialias=True)[0]
+    return images
 
 def blend(images, other, factor):
     return (images * factor + other * (1 - factor)).clamp(0, 1)
@@ -476,47 +461,38 @@ def draw_colours(count, generator):
 def apply_colours(images, order, factors, operations=OPERATIONS):
     """Apply to each image [B, 3, H, W] its own share of each operation, in the order drawn; in place."""
     for group in order:
-        rows = slice(None)  # a GPU is faster with all at once, a CPU with those that change
-        if images.device.type == "cpu":
+        parts = [slice(None)]  # a GPU is fastest with all at once
+        if images.device.type == "cpu":  # with those that change, so few at a time that its cache holds them
             rows = (factors[:, group] != NEUTRAL[group]).any(1).nonzero().squeeze(1)
-        part, shares = images[rows], factors[rows, :, None, None, None]
-        for number in group if len(part) else []:
-            part = operations[number](part, shares[:, number])
-        images[rows] = part
+            parts = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+        for rows in parts:
+            part, shares = images[rows], factors[rows, :, None, None, None]
+            for number in group:
+                part = operations[number](part, shares[:, number])
+            images[rows] = part
     return images
 
 def normalise(images):
     """Subtract the mean and divide by the deviation of ImageNet's colours."""
     return torch.cat([(c - mean) / std for c, mean, std in zip(images.split(1, dim=1), MEAN, STD)], dim=1)
 
-def to_device(tensor, device):
-    """A copy on the device. A GPU's is made without waiting for it, which is safe from pinned memory only."""
-    pin = device.type == "cuda" and tensor.device.type == "cpu"
-    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
-
 class Loader:
     """Makes the batch of a step: picks its pictures, draws crops, colours and masks, all from (seed, step).
     rows: which pictures to use, long [n]. Each epoch takes them in a new random order, without what does not
     fill a batch. Under torchrun each of `ranks` processes makes its own share of each batch."""
 
-    def __init__(self, pixels, sizes, rows, batch_size, seed, machine, rank=0, ranks=1):
-        self.sizes, self.rows, self.batch_size, self.seed = sizes, rows, batch_size, seed
-        self.device, self.share = machine.device, torch.arange(rank, batch_size, ranks)
-        # A small data set lives on the GPU, next to where it is used.
-        fits = self.device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(self.device)[0] / 4
-        self.pixels = pixels.to(self.device) if fits else pixels
+    def __init__(self, pixels, sizes, rows, batch_size, image_size, seed, machine, rank=0, ranks=1):
+        self.pixels, self.sizes, self.rows, self.seed = pixels, sizes, rows, seed
+        self.batch_size, self.image_size, self.device = batch_size, image_size, machine.device
+        self.share = torch.arange(rank, batch_size, ranks)
         self.steps_per_epoch, self.epoch = len(rows) // batch_size, None
         if self.steps_per_epoch == 0:
             raise InputError(f"{len(rows)} pictures do not fill a batch of {batch_size}: lower --batch-size")
         self.waited = 0.0  # seconds, for batches that were not ready
-        functions = (crop_and_resize, normalise, *OPERATIONS)
+        functions = normalise, *OPERATIONS
         if machine.compile:  # the dozens of small steps of an operation become a kernel or two
             functions = [torch.compile(function, fullgraph=True) for function in functions]
-        self.crop_and_resize, self.normalise, *self.operations = functions
-
-    def read(self, rows):
-        """The pictures' pixels on the device, uint8 [B, 3, S, S]."""
-        return to_device(self.pixels[to_device(rows, self.pixels.device)], self.device)
+        self.normalise, *self.operations = functions
 
     def pick(self, step):
         """The rows of step 1, 2, …: a slice of the epoch's random order."""
@@ -526,40 +502,41 @@ class Loader:
             self.epoch, self.order = epoch, self.rows[order]
         return self.order[i * self.batch_size : (i + 1) * self.batch_size]
 
-    def batch(self, step, views, masks=(2, 0.5)):
-        """All that a step needs, drawn and read: a tuple for `views`, the rows, the masks. views: how many of
-        each picture; masks: (grid, mask_ratio, masking) for sample_masks."""
-        rows, generator = self.pick(step), generator_for(self.seed, 1, step)
-        crops = draw_crops(self.sizes[rows], generator)
-        flip = torch.rand(len(rows), generator=generator) < 0.5
+    def batch(self, step, rows, views, masks=(2, 0.5)):
+        """All that a step needs: a tuple for `views`, the rows, the masks. rows: what pick(step) says; views:
+        how many of each picture; masks: (grid, mask_ratio, masking) for sample_masks."""
+        generator = generator_for(self.seed, 1, step)
+        crops = draw_crops(self.sizes[rows], self.pixels.shape[-1], generator)[self.share]
+        flip = torch.rand(len(rows), 1, 1, 1, generator=generator)[self.share] < 0.5
         order, factors = draw_colours(views * len(rows), generator)
-        visible = sample_masks(len(rows), *masks, generator=generator)
+        visible = sample_masks(len(rows), *masks, generator=generator)[self.share]
         factors, rows = factors.view(views, -1, 6)[:, self.share].flatten(0, 1), rows[self.share]
-        drawn = crops[self.share], flip[self.share], factors, visible[self.share]
-        *drawn, visible = (to_device(tensor, self.device) for tensor in drawn)
-        return (self.read(rows), *drawn, order), rows, visible
+        images = crop_and_resize(self.pixels, rows, crops, self.image_size)
+        images = torch.where(flip, images.flip(3), images)
+        images, factors, visible = (to_device(tensor, self.device) for tensor in (images, factors, visible))
+        return (images, factors, order), rows, visible
 
     def batches(self, first, last, **options):
-        """Yield (step, its batch), first to last. A thread makes each one step ahead. Where the CPU trains,
-        it keeps to one core: if both used all, they would wait for each other."""
-        cores = torch.get_num_threads()  # to ask settles this thread's own number, before the other's is set
-        own = (1 if self.device.type == "cpu" else cores,)
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=own) as thread:
-            upcoming = thread.submit(self.batch, first, **options)
-            for step in range(first, last + 1):
+        """Yield (step, its batch), first to last. Threads make them ahead. Where the CPU trains, a single
+        one keeps to one core: if both used all, they would wait for each other."""
+        cores = torch.get_num_threads()  # to ask settles this thread's own number, before the others' is set
+        ahead = 1 if self.device.type == "cpu" else min(8, os.cpu_count())
+        with ThreadPoolExecutor(ahead, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            upcoming = deque()
+            for step in range(first, last + 1 + ahead):
+                if step <= last:
+                    upcoming.append(threads.submit(self.batch, step, self.pick(step), **options))
+                if step < first + ahead:
+                    continue
                 asked = time.perf_counter()
-                batch = upcoming.result()
+                batch = upcoming.popleft().result()
                 self.waited += time.perf_counter() - asked
-                if step == first:
-                    torch.set_num_threads(cores)  # the other's number is not to be that of threads to come
-                if step < last:
-                    upcoming = thread.submit(self.batch, step + 1, **options)
-                yield step, batch
+                torch.set_num_threads(cores)  # the threads' number is not to be that of what comes after
+                yield step - ahead, batch
 
-    def views(self, pixels, crops, flip, factors, order, image_size):
-        """Normalised views [V·B, 3, H, H]: one crop of each picture, V times, each with its own colours."""
-        images = self.crop_and_resize(pixels, crops, flip, image_size)
-        images = images.repeat(len(factors) // len(images), 1, 1, 1)
+    def views(self, images, factors, order):
+        """Normalised views [V·B, 3, H, H] of uint8 [B, 3, H, H]: V times, each with its own colours."""
+        images = images.repeat(len(factors) // len(images), 1, 1, 1) / 255
         return self.normalise(apply_colours(images, order, factors, self.operations))
 
 # ---- Optimisation ------------------------------------------------------------------------------------------
@@ -611,28 +588,19 @@ class Record:
     def __init__(self, config, loader, ranks, stamp):
         self.loader, self.ranks, self.stamp, self.flops = loader, ranks, stamp, training_flops(config)
         self.history, self.log = [], []  # rows of whole epochs; loss and target_std of each step since then
-        self.started, self.lap = time.perf_counter(), None
-
-    def speed(self, step):
-        """(images/s, share of the time spent waiting for pictures, TFLOP/s) since the last lap."""
-        lap_start, lap_step, waited = self.lap
-        elapsed = time.perf_counter() - lap_start
-        speed = self.loader.batch_size * (step - lap_step) / elapsed
-        return speed, (self.loader.waited - waited) / elapsed, speed * self.flops / 1e12
+        self.started = self.shown = time.perf_counter()
+        self.lap = None  # since when speed is measured: (time, step, seconds waited)
 
     def add(self, step, loss, deviation, lr, bar):
         """Take in a step; once a second, put the latest numbers on the bar."""
         self.log.append(torch.stack([loss, deviation]))
         now = time.perf_counter()
-        if self.lap is None:  # the first step compiles: it is not measured
-            self.lap, self.shown = (now, step, self.loader.waited), now
+        self.lap = self.lap or (now, step, self.loader.waited)  # the first step compiles: it is not measured
         if now - self.shown > 1:
-            speed, wait, tflops = self.speed(step)
             text = "loss {:.4f}, target_std {:.2f}".format(*self.log[-1].tolist())
-            text += f", lr {lr:.1e}, {speed:.0f} images/s, wait {wait:.0%}, {tflops:.3g} TFLOP/s"
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_postfix_str(f"step {step:,}, {text}, learning rate {lr:.1e}", refresh=False)
             self.shown = now
-        bar.update()
+        bar.update(self.loader.batch_size)
 
     def rows(self, step, lr, weight_decay, momentum):
         """All rows, the last one up to this step of its epoch. InputError if a loss is not finite."""
@@ -647,24 +615,25 @@ class Record:
         loss, deviation = numbers.mean(0).tolist()
         if deviation < 0.1:
             say(f"warning: target_std is {deviation:.3f}, it collapses. Try more --momentum or less --lr")
-        speed, wait, tflops = self.speed(step)
+        (lap_start, lap_step, waited), now = self.lap, time.perf_counter()
+        speed = self.loader.batch_size * (step - lap_step) / (now - lap_start)  # images/s
+        wait, tflops = (self.loader.waited - waited) / (now - lap_start), speed * self.flops / 1e12
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else math.nan
         memory /= 1e9 if sys.platform == "darwin" else 1e9 / 1024  # macOS counts bytes, Linux kilobytes
         if self.loader.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.loader.device) / 1e9
-        epoch, seconds = step / self.loader.steps_per_epoch, time.perf_counter() - self.started
+        epoch, seconds = step / self.loader.steps_per_epoch, now - self.started
         row = epoch, step, loss, lr, weight_decay, momentum, deviation, speed, seconds, wait, tflops, memory
         rows = [*self.history, dict(zip(COLUMNS, row))]
         whole = step % self.loader.steps_per_epoch == 0
         self.history, self.log = (rows, []) if whole else (self.history, list(numbers.to(self.loader.device)))
-        self.lap = time.perf_counter(), step, self.loader.waited
+        self.lap = now, step, self.loader.waited
         return rows
 
 def save_metrics(out, rows):
     """Save metrics.csv and curves.png."""
-    table = [list(row.values()) for row in rows]
-    layout = dict(fmt="%.9g", delimiter=",", header=",".join(COLUMNS), comments="")
-    write_whole(out / "metrics.csv", lambda file: np.savetxt(file, table, **layout))
+    lines = [",".join(f"{value:.9g}" for value in row.values()) for row in rows]
+    write_whole(out / "metrics.csv", lambda file: file.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
     curves = {name: [row[name] for row in rows] for name in ("loss", "target_std", "learning_rate")}
     draw_curves(out / "curves.png", [row["step"] for row in rows], curves)
 
@@ -826,6 +795,13 @@ def read_data(recipe, out):
 
 def hold(out, at_end):
     """Keep `out` for this run until it ends. InputError if another run has it, or it cannot be written to."""
+
+    def leave_no_empty_folder(made):
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+    at_end.callback(leave_no_empty_folder, [path for path in (out, *out.parents) if not path.exists()])
     if not writable(out):
         raise InputError(f"cannot write to {out}: make it writable, or name another folder by --out")
     try:
@@ -914,14 +890,15 @@ def main(argv=None):
     config, machine, seed = check_recipe(recipe), setup(args), recipe["seed"]
     with ExitStack() as at_end:  # what is to be undone, however the run ends
         rank, ranks = join_processes(machine.device, recipe["batch_size"], at_end)
-        if rank > 0:
-            dist.barrier()  # until rank 0 has downloaded and decoded the pictures
-        pixels, sizes, rows, names = read_data(recipe, out)
-        loader = Loader(pixels, sizes, rows, recipe["batch_size"], seed, machine, rank, ranks)
         if rank == 0:
             hold(out, at_end)
-            if ranks > 1:
-                dist.barrier()
+        else:
+            dist.barrier()  # until rank 0 has downloaded and decoded the pictures
+        pixels, sizes, rows, names = read_data(recipe, out)
+        shape = recipe["batch_size"], config.image_size
+        loader = Loader(pixels, sizes, rows, *shape, seed, machine, rank, ranks)
+        if rank == 0 and ranks > 1:
+            dist.barrier()
         total_steps = recipe["epochs"] * loader.steps_per_epoch
         warmup_steps = min(total_steps * 40 // 300, 40 * loader.steps_per_epoch)  # 40 of the paper's 300
         last_step = min(total_steps, args.max_steps)
@@ -943,12 +920,14 @@ def main(argv=None):
             f"{parameters:.1f} M parameters\nThe loss falls, rises and falls again: the target gets harder "
             "to predict. Watch target_std: 1 is healthy, near 0 the encoder has collapsed.")  # fmt: skip
         pause = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no animation
-        bar = tqdm(total=last_step, initial=step, unit="step", mininterval=pause, disable=rank > 0)
+        done, end = step * loader.batch_size, last_step * loader.batch_size
+        bar = tqdm(None, "training", end, initial=done, unit=" images", unit_scale=True, mininterval=pause,
+                   disable=rank > 0)  # fmt: skip
         at_end.enter_context(bar)
         signals = listen(at_end) if ranks == 1 else []
         masks, saved_at = (config.grid, config.mask_ratio, config.masking), time.monotonic()
         for step, (draws, _, visible) in loader.batches(step + 1, last_step, views=2, masks=masks):
-            views = loader.views(*draws, config.image_size).chunk(2)
+            views = loader.views(*draws).chunk(2)
             if step == 1 and rank == 0:
                 save_views(out / "views.png", *views, visible)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe["lr"],
