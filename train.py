@@ -650,14 +650,18 @@ def save_views(path, context, target, visible):
 
 def draw_curves(path, steps, curves):
     """Save a picture of numbers over steps, a panel each: curves is {title: one number for each step}."""
-    width, height = 640, 130
-    canvas = Image.new("RGB", (width, height * len(curves)), "white")
-    pen, across = ImageDraw.Draw(canvas), np.interp(steps, (steps[0], steps[-1]), (12, width - 12))
+    left, right, height = 70, 610, 130  # of a panel, in pixels
+    canvas = Image.new("RGB", (right + 30, height * len(curves)), "white")
+    pen, across = ImageDraw.Draw(canvas), np.interp(steps, (steps[0], steps[-1]), (left, right))
     for i, (title, values) in enumerate(curves.items()):
-        top, bottom, low, high = height * i + 24, height * (i + 1) - 6, min(values), max(values)
-        text = f"{title}, from {low:.4g} (bottom) to {high:.4g} (top), steps {steps[0]:,} to {steps[-1]:,}"
-        pen.text((12, top - 16), text, "black")
-        pen.rectangle((12, top, width - 12, bottom), outline="lightgrey")
+        top, bottom, low, high = height * i + 20, height * (i + 1) - 20, min(values), max(values)
+        pen.rectangle((left, top, right, bottom), outline="lightgrey")
+        pen.text((left, top - 14), f"{title}, over the steps of training", "black")
+        for y, value in zip(np.linspace(top, bottom, 3), np.linspace(high, low, 3)):
+            pen.text((left - 6, y), f"{value:.3g}", "black", anchor="rm")
+        for x, step in zip(np.linspace(left, right, 5), np.linspace(steps[0], steps[-1], 5)):
+            pen.line((x, top, x, bottom), fill="lightgrey")
+            pen.text((x, bottom + 4), f"{step:,.0f}", "black", anchor="mt")
         pen.line(list(zip(across, np.interp(values, (low, high), (bottom, top)))), fill="black", width=2)
     write_whole(path, lambda file: canvas.save(file, "PNG"))
 
