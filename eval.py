@@ -264,7 +264,7 @@ def supervise(encoder, data, config, epochs, recipe, machine):
 def pca_columns(features, images):
     """Images, their tokens' first three principal components as colours, and these without the background.
 
-    images [B, 3, H, H] from 0 to 1  →  three of the same, the paper's figure 1
+    images [B, 3, H, H] from 0 to 1  →  {title: three of the same}, the paper's figure 1
     """
     tokens = features(normalise(images)).cpu()  # [B, N, D]
     B, N, D = tokens.shape
@@ -279,15 +279,16 @@ def pca_columns(features, images):
         components[..., 0] *= -1
     low, high = components.amin((0, 1, 2)), components.amax((0, 1, 2))
     colours = (components - low) / (high - low)
-    maps = colours, colours * (components[..., :1] > 0)
-    return [images.cpu(), *(F.interpolate(m.permute(0, 3, 1, 2), size=(H, H)) for m in maps)]
+    maps = {"components": colours, "foreground": colours * (components[..., :1] > 0)}
+    maps = {title: F.interpolate(m.permute(0, 3, 1, 2), size=(H, H)) for title, m in maps.items()}
+    return {"picture": images} | maps
 
 @torch.no_grad()
 def leak_columns(tokenizer, images, visible):
     """What a mask is worth: an image, its visible part, and how active each layer is at each place, twice.
 
     Upper row: the masked convolutions. Lower row: the same convolutions and pools without the mask, on the
-    same visible part. images [B, 3, H, H] from 0 to 1, visible bool [B, N]  →  six columns of [2B, 3, H, H]
+    same visible part. images [B, 3, H, H] from 0 to 1, visible bool [B, N]  →  {title: [2B, 3, H, H]}, six
     """
     H, grid = images.shape[-1], int(visible.shape[1] ** 0.5)
     cells = visible.view(-1, 1, grid, grid)
@@ -301,7 +302,8 @@ def leak_columns(tokenizer, images, visible):
             activity = activity / activity.amax((1, 2, 3), keepdim=True)
             maps.append(F.interpolate(activity, size=(H, H)).expand(-1, 3, -1, -1))
         rows.append(maps)
-    return [torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*rows)]
+    titles = "picture", "visible", "conv 1", "pool 1", "conv 2", "pool 2"
+    return {title: torch.stack(pair, dim=1).flatten(0, 1) for title, *pair in zip(titles, *rows)}
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
@@ -388,10 +390,9 @@ def probe_checkpoint(path, args, machine):
         written.append(folder / f"pca{tag}.png")
         save_grid(written[-1], pca_columns(features["trained"], images))
         if config.tokenizer != "patch":
-            mask = config.grid, config.mask_ratio, config.masking, generator
-            visible = sample_masks(2, *mask)[: len(images)].to(machine.device)
+            visible = sample_masks(len(images[:2]), config.grid, config.mask_ratio, config.masking, generator)
             written.append(folder / f"leak{tag}.png")
-            save_grid(written[-1], leak_columns(trained.tokenizer, images[:2], visible))
+            save_grid(written[-1], leak_columns(trained.tokenizer, images[:2], visible.to(machine.device)))
     print(f"\nwrote {', '.join(map(str, written))}")
     return saved["step"], results
 

@@ -3,6 +3,7 @@
 No test needs a download, a GPU, or a file from elsewhere. All of them take about a minute on two CPU cores.
 """
 
+import gc
 import io
 import itertools
 import json
@@ -564,7 +565,7 @@ def test_crop_and_resize_equals_torchvisions_and_pillows(out):
     ours = train.crop_and_resize(pixels, rows, torch.tensor(boxes), out)
     for row, (left, top, width, height), our in zip(rows, boxes, ours):
         crop = TF.crop(pixels[row], top, left, height, width)
-        resize = partial(TF.resize, size=[out, out], interpolation=T.InterpolationMode.BICUBIC, antialias=True)
+        resize = partial(TF.resize, size=[out, out], interpolation=T.InterpolationMode.BICUBIC)
         pillows = TF.pil_to_tensor(resize(TF.to_pil_image(crop)))
         assert torch.equal(our, resize(crop)) and (our.int() - pillows).abs().max() <= 2  # of 255
 
@@ -739,7 +740,7 @@ def test_views_png_shows_which_cells_are_hidden():
     trained("--image-size 64 --max-steps 1")
     assert sorted(os.listdir("run")) == ["ckpt.pt", "curves.png", "metrics.csv", "views.png"]
     views = torch.from_numpy(np.array(Image.open("run/views.png")).astype(int))
-    whole, masked = (views[2:, x : x + 64].unflatten(0, (6, 66))[:, :64] for x in (2, 68))
+    whole, masked = (views[16:, x : x + 64].unflatten(0, (6, 66))[:, :64] for x in (2, 68))
     mean = (masked - torch.tensor([124, 116, 104])).abs().amax(3) < 2
     hidden = F.avg_pool2d(mean[:, None].float(), 16).flatten(1) == 1
     assert (hidden.sum(1) == 8).all() and (whole == masked)[~enlarged(hidden, 64)[:, 0]].all()
@@ -797,6 +798,7 @@ def test_a_run_leaves_no_thread_and_no_open_file():
     left = []
     for out in ("first", "second"):
         trained(out=out)
+        gc.collect()  # of what other tests have left
         left.append((threading.active_count(), len(os.listdir("/dev/fd"))))
     assert left[0] == left[1]
 
@@ -1043,10 +1045,10 @@ def test_pca_png_leaves_the_background_black_and_leak_png_shows_a_hole_that_stay
     pixels = enlarged(there, 96)[0, 0]
     for _ in range(8):
         tokens = (there.view(36, 1) * 1.0 - 0.5) * torch.randn(8) + 0.01 * torch.randn(3, 36, 8)
-        _, colours, without = probing.pca_columns(lambda _: tokens, torch.rand(3, 3, 96, 96))
+        _, colours, without = probing.pca_columns(lambda _: tokens, torch.rand(3, 3, 96, 96)).values()
         assert 0 <= colours.min() < colours.max() <= 1 and (without[..., ~pixels] == 0).all()
         assert torch.equal(without[..., pixels], colours[..., pixels]) and without[..., pixels].max() > 0.9
-    _, seen, *layers = probing.leak_columns(Tokenizer(SMALL), torch.rand(1, 3, 96, 96), there)
+    _, seen, *layers = probing.leak_columns(Tokenizer(SMALL), torch.rand(1, 3, 96, 96), there).values()
     assert len(layers) == 4 and seen[..., ~pixels].max() == 0
     assert all(masked[:, ~pixels].max() == 0 < dense[:, ~pixels].max() for masked, dense in layers)
 

@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, PngImagePlugin
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
-from torchvision.transforms.v2.functional import rgb_to_grayscale
-from torchvision.utils import save_image
+from torchvision.transforms.v2.functional import rgb_to_grayscale, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from scott import FORMAT, MIMJEPA, Config, InputError, hide, load_checkpoint, sample_masks, target_deviation
@@ -632,21 +632,27 @@ class Record:
 
 def save_metrics(out, rows):
     """Save metrics.csv and curves.png."""
-    lines = [",".join(f"{value:.9g}" for value in row.values()) for row in rows]
-    write_whole(out / "metrics.csv", lambda file: file.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
+    lines = [COLUMNS, *([f"{value:.9g}" for value in row.values()] for row in rows)]
+    text = "".join(",".join(line) + "\n" for line in lines)
+    write_whole(out / "metrics.csv", lambda file: file.write(text.encode()))
     curves = {name: [row[name] for row in rows] for name in ("loss", "target_std", "learning_rate")}
     draw_curves(out / "curves.png", [row["step"] for row in rows], curves)
 
 def save_grid(path, columns):
-    """Save a picture of columns of images, each [B, 3, H, H] from 0 to 1."""
-    images = torch.stack([column.clamp(0, 1) for column in columns], dim=1).flatten(0, 1)
-    write_whole(path, lambda file: save_image(images, file, "png", nrow=len(columns), pad_value=1))
+    """Save a picture of columns of images: columns is {title: [B, 3, H, H] from 0 to 1}."""
+    images = torch.stack([column.clamp(0, 1).cpu() for column in columns.values()], dim=1).flatten(0, 1)
+    grid = make_grid(images, len(columns), pad_value=1)
+    canvas = to_pil_image(F.pad(grid, (0, 0, 14, 0), value=1))  # room for the titles
+    for i, title in enumerate(columns):
+        ImageDraw.Draw(canvas).text((2 + i * (images.shape[-1] + 2), 2), title, "black")
+    write_whole(path, lambda file: canvas.save(file, "PNG"))
 
 def save_views(path, context, target, visible):
-    """Save what the model sees, six rows: context view, the same with its mask, target view."""
+    """Save what the model sees, six rows."""
     grid, (mean, std) = math.isqrt(visible.shape[1]), torch.tensor([MEAN, STD]).view(2, 3, 1, 1)
     shown = hide(context, visible.view(-1, 1, grid, grid))  # 0, the mean colour, in the hidden cells
-    save_grid(path, [column[:6].cpu() * std + mean for column in (context, shown, target)])
+    columns = {"view 1": context, "its visible part": shown, "view 2": target}
+    save_grid(path, {title: column[:6].cpu() * std + mean for title, column in columns.items()})
 
 def draw_curves(path, steps, curves):
     """Save a picture of numbers over steps, a panel each: curves is {title: one number for each step}."""
