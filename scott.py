@@ -11,10 +11,10 @@ The whole model, in the order in which an image passes through it:
     view 2 ─ Encoder (the same, averaged weights) ───────────┘
              sees everything
 
-Two networks look at the same picture, in two colourings. The *context encoder* sees 40 % of it, the *target
-encoder* all of it. A small *predictor* takes what the context encoder says and guesses, for each hidden
-place, what the target encoder says there: a vector of features, not pixels. So the model gains nothing by
-getting the texture of fur right. It gains by knowing that an animal with pointed ears here has a tail there.
+A *view* is a crop of a picture. Both views are the same crop, in other colours. The *context encoder* sees
+40 % of it, the *target encoder* all of it. A small *predictor* takes what the context encoder says and
+guesses, for each hidden place, what the target encoder says there: a vector of features, not pixels. So it
+helps little to get the texture of fur right. It helps to know that an animal with pointed ears has a tail.
 
 Letters used for sizes:
 
@@ -51,7 +51,7 @@ def count_visible(tokens, mask_ratio):
 
 @dataclass(frozen=True)
 class Config:
-    """What fixes the model: by default the paper's SCOTT-12/16. InputError names a value that cannot work."""
+    """Sizes, dropout and masking: by default the paper's. InputError names a value that cannot work."""
 
     image_size: int = 224  # H, pixels
     dim: int = 384  # D
@@ -61,7 +61,7 @@ class Config:
     tokenizer: str = "scott"  # masked convolutions; to compare: "dense" (masked once), "patch" (a plain ViT)
     dropout: float = 0.2  # after adding positions, and on what attention adds to the tokens
     attention_dropout: float = 0.1  # on the attention weights
-    drop_path: float = 0.1  # chance to skip what the last block adds; rises linearly from 0 at the first
+    drop_path: float = 0.1  # chance to skip a branch of the last block; rises in a line from 0 at the first
     mask_ratio: float = 0.6  # share of the tokens that is hidden from the context encoder
     masking: str = "block"  # "block": the visible part is made of rectangles; "random": of single tokens
 
@@ -97,14 +97,14 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
     """Draw a fresh mask for every image: bool [batch, grid²], True = visible, the same number in each row.
 
     "block" lays rectangles of random size and shape on the grid until enough is visible. The hidden part is
-    then made of large connected pieces. They cannot be guessed by continuing the texture next door: the model
-    has to know what it looks at. "random" picks single tokens; any other `masking` is an InputError.
+    then mostly made of large connected pieces. Continuing the texture next door does not tell what is in
+    them: the model has to know what it looks at. "random" picks single tokens. InputError if none can be.
 
     generator: a CPU torch.Generator; None uses torch's global one.
     """
-    if masking not in ("block", "random"):
-        raise InputError(f"masking is {masking!r}, it must be 'block' or 'random'")
     count = count_visible(grid**2, mask_ratio)
+    if masking not in ("block", "random") or grid < 2 or count > grid**2:
+        raise InputError(f"no {masking!r} mask for grid {grid} and mask_ratio {mask_ratio}: see Config")
     if masking == "random":
         rank = torch.rand(batch, grid**2, generator=generator).argsort(dim=1)  # each row: 0 … N − 1, shuffled
         return rank < count
@@ -116,12 +116,12 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
 def block_mask(grid, count, rng):
     """One mask, a union of rectangles with exactly `count` visible cells: bool array [grid, grid].
 
-    A rectangle covers 16 cells or more, until fewer are missing; one side is at most 3.3 times the other.
+    Before rounding, a rectangle has 16 cells or more, until fewer are missing, and sides of at most 1 : 3.3.
     """
     visible = np.zeros((grid, grid), dtype=bool)
     missing = count
-    # A side is at most grid − 1. On the smallest grids 16 cells are more than fit: without this bound no draw
-    # would be accepted there, and the loop would not end.
+    # A side is at most grid − 1. On the smallest grids, with much to fill, a rectangle of 16 cells does not
+    # fit: without this bound the loop would not end.
     smallest = min(16, (grid - 1) ** 2)
     while missing > 0:
         area = rng.uniform(min(smallest, missing), max(16, missing))
@@ -140,23 +140,23 @@ def block_mask(grid, count, rng):
 # ---- Tokenizer: convolutions that cannot see what is hidden ------------------------------------------------
 
 def hide(x, visible):
-    """Set a feature map to zero wherever its cell is hidden. With visible=None nothing is.
+    """Set a feature map to zero wherever its cell is hidden. visible=None leaves it as it is.
 
-    x [B, C, S, S], visible bool [B, 1, g, g] with g a divisor of S  →  [B, C, S, S]
+    x [B, C, S, S] with S its side, visible bool [B, 1, g, g] with g a divisor of S  →  [B, C, S, S]
     """
     if visible is None:
         return x
     cell = x.shape[-1] // visible.shape[-1]  # pixels of this feature map along the side of one token's cell
     visible = visible.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)  # [B, 1, S, S]
-    return torch.where(visible, x, 0)  # not x · visible: 0 · NaN is NaN, and nothing hidden may come through
+    return torch.where(visible, x, 0)  # not x · visible: 0 · NaN is NaN
 
 class MaskedConv2d(nn.Conv2d):
     """A convolution that forgets what it smeared across the mask.
 
-    At the mask's edge a 7×7 kernel mixes visible pixels into hidden places. Left there, the next layer would
-    read them as if they had been seen, and layer by layer the hole would fill up. So every output in a hidden
-    place is set to zero again: the hole keeps its exact shape. This is submanifold sparse convolution (Graham
-    et al. 2017), done with dense kernels as in SparK (Tian et al. 2023).
+    At the mask's edge a 7×7 kernel mixes visible pixels into hidden places. If that stayed there, the next
+    layer would take it for something seen and mix it back into visible places; layer by layer the hole would
+    fill up. So every output in a hidden place is set to zero again: the hole keeps its exact shape. The idea
+    is submanifold sparse convolution (Graham et al. 2017), with dense kernels as in SparK (Tian et al. 2023).
 
     x [B, C, S, S], visible [B, 1, g, g] or None  →  [B, C', S/2, S/2]
     """
@@ -171,7 +171,7 @@ class MaskedConv2d(nn.Conv2d):
 class MaskedMaxBlurPool(nn.Module):
     """Halve a feature map: the maximum of each 2×2 window, then a blur, then drop every second pixel.
 
-    The blur keeps the result from changing when the image moves by one pixel (Zhang 2019, "Making
+    The blur makes the result change less when the image moves by one pixel (Zhang 2019, "Making
     Convolutional Networks Shift-Invariant Again"). It is the filter [1 2 1]ᵀ[1 2 1]/16, written as two means
     over 2×2 windows. Both steps look past the mask's edge, so hidden places are set to zero again.
 
@@ -181,7 +181,7 @@ class MaskedMaxBlurPool(nn.Module):
     def forward(self, x, visible=None):
         if x.requires_grad or x.device.type != "cpu":
             x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
-        else:  # the same, many times as fast on a CPU, but only where no gradient is needed
+        else:  # the same, on a CPU many times as fast; with a gradient it would be slower
             x = torch.maximum(x[:, :, 1:], x[:, :, :-1])
             x = torch.maximum(x[:, :, :, 1:], x[:, :, :, :-1])
         x = F.avg_pool2d(x, kernel_size=2, stride=1, padding=1)  # [B, C, S, S], zeros beyond the border
@@ -193,12 +193,13 @@ class Tokenizer(nn.Module):
 
     A plain ViT ("patch") maps each patch by one big matrix. It has to learn from data that neighbouring
     pixels belong together, and a few thousand images cannot teach that. Two stages of convolution and pooling
-    ("scott") have it built in. But overlapping kernels carry hidden pixels into visible tokens (*peeking*)
-    and fill the hole from its rim (*filling*). So the mask acts before the first layer and after each one.
+    ("scott") have it built in. But overlapping kernels carry hidden pixels into visible tokens (*peeking*),
+    and fill the hole from its rim, which reaches visible tokens in the next layer (*filling*). Masking the
+    image stops the first, masking each layer the second.
 
     images [B, 3, H, H], visible bool [B, N] or None (everything is visible)  →  [B, N, D]
-    Hidden places come out as zeros ("scott"), as what their rim implies ("dense"), or, since patches do not
-    overlap and need no mask, as they are ("patch").
+    Hidden places come out as zeros ("scott"), as filled from their rim ("dense": masked convolutions to
+    compare with), or, since patches do not overlap and need no mask, as they are ("patch").
     """
 
     def __init__(self, config):
@@ -226,7 +227,7 @@ class Tokenizer(nn.Module):
                 visible = visible.view(-1, 1, grid, grid)
             x = hide(x, visible)  # [B, 3, H, H]: no hidden pixel gets past this line, so no layer can peek
             if self.kind == "dense":
-                visible = None  # ordinary convolutions from here on: the hole fills. To compare with
+                visible = None  # for comparison: ordinary convolutions from here on; the hole fills
             x = F.relu(self.conv1(x, visible))  # [B, 64, H/2, H/2]
             x = self.pool1(x, visible)  # [B, 64, H/4, H/4]
             x = F.relu(self.conv2(x, visible))  # [B, D, H/8, H/8]
@@ -241,7 +242,7 @@ def position_embedding(grid, dim, device=None):
     Each half is [sin(p·ω), cos(p·ω)] with ω_k = 10000^(−k/(dim/4)), k = 0 … dim/4 − 1. Nothing is learned or
     stored here, so the same encoder runs on a grid of any size.
     """
-    precise = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # MPS has none
+    precise = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # not on MPS
     omega = 10000 ** (-torch.arange(dim // 4, dtype=precise, device=device) / (dim // 4))
     angles = torch.arange(grid, dtype=precise, device=device)[:, None] * omega  # [g, D/4]
     line = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [g, D/2], the places along one axis
@@ -253,18 +254,18 @@ def layer_norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 def init_linear(module):
-    """The start of every Linear in the blocks: truncated normal with standard deviation 0.02, bias 0."""
+    """First weights of a Linear: truncated normal with standard deviation 0.02; its bias, if any, 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 def attend(q, k, v, dropout):
-    """Attention: softmax(q kᵀ / √d) v, with dropout on the weights.  Each [B, heads, tokens, d] → like q"""
+    """softmax(q kᵀ / √d) v; dropout: on the weights, always.  Each [B, heads, N, d = D/heads] → like q"""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # the GPU's single fused kernel
-    # On a CPU these three products are faster: up to 10 times in bf16, with so few tokens.
-    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)  # [B, heads, tokens, tokens]
+    # On a CPU the plain form is faster: up to 10 times in bf16, with so few tokens.
+    weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(dim=3)  # [B, heads, N, N]
     return F.dropout(weights, dropout) @ v
 
 class Attention(nn.Module):
@@ -304,22 +305,22 @@ class Block(nn.Module):
 
     Attention and feed-forward layer are branches: each adds to the residual stream x that passes by them.
     In most transformers each LayerNorm stands on a branch. Here the second one stands on the stream itself: x
-    is normalised, *then* the feed-forward layer adds to it. So x never grows large.
+    is normalised, *then* the feed-forward layer adds to it. So x cannot pile up.
 
-    place: which block this is, 1 to depth. It sets the drop-path rate and the scale of the first weights.
+    number: which block this is, 1 to depth. It sets the drop-path rate and the scale of the first weights.
     """
 
-    def __init__(self, config, place, depth):
+    def __init__(self, config, number, depth):
         super().__init__()
         self.attention = Attention(config)
         self.mlp = SwiGLU(config.dim)
         # In training, drop the whole branch for some samples, and scale it up for the others.
-        self.drop_path = StochasticDepth(config.drop_path * (place - 1) / max(1, depth - 1), mode="row")
+        self.drop_path = StochasticDepth(config.drop_path * (number - 1) / max(1, depth - 1), mode="row")
         self.apply(init_linear)
-        # Each block adds to the stream twice. Deeper blocks start smaller, so that the sum grows slowly.
+        # Each block adds to the stream twice. At first, deeper blocks add less.
         with torch.no_grad():
-            self.attention.proj.weight /= math.sqrt(2 * place)
-            self.mlp.w3.weight /= math.sqrt(2 * place)
+            self.attention.proj.weight /= math.sqrt(2 * number)
+            self.mlp.w3.weight /= math.sqrt(2 * number)
 
     def forward(self, x):
         x = x + self.drop_path(self.attention(layer_norm(x)))
@@ -336,7 +337,7 @@ class Encoder(nn.Module):
 
     The transformer always sees N tokens. Hidden places carry a learned mask token plus their position (as in
     BEiT): the encoder knows *where* something is missing, and shapes never change. H may be any multiple of
-    16 from 32 up, whatever size the encoder was trained at: at 448 px the features are twice as dense.
+    16 from 32 up, whatever size the encoder was trained at: 448 px give 28² tokens instead of 14².
     """
 
     def __init__(self, config):
@@ -344,7 +345,7 @@ class Encoder(nn.Module):
         self.config = config
         self.tokenizer = Tokenizer(config)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
-        # As good as zero: at first a hidden place only says where it is. What more to say is learned.
+        # As good as zero: at first a hidden place only says where it is. The rest is learned.
         nn.init.trunc_normal_(self.mask_token, std=1e-6)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i + 1, config.depth) for i in range(config.depth))
@@ -352,8 +353,8 @@ class Encoder(nn.Module):
     def forward(self, images, visible=None):
         x = self.tokenizer(images, visible)  # [B, N, D]
         if visible is not None:
-            # The mask token takes the place of the last pool's zeros. The tokenizer makes them all the same:
-            # each of its layers keeps one rule, and its output can be read without an encoder.
+            # The mask token takes the place of the last pool's zeros. That pool masks all the same: every
+            # layer then keeps one rule, and the tokenizer's output can be used without an encoder.
             x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))
         positions = position_embedding(images.shape[-1] // PATCH, x.shape[2], x.device)  # [N, D]
         x = self.dropout(x + positions.to(self.mask_token.dtype))
@@ -366,8 +367,8 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Guess the target encoder's tokens from the context encoder's.  [B, N, D] → [B, N, D]
 
-    It is much smaller than the encoder on purpose: it is thrown away after training, and what it could work
-    out by itself the encoder would not have to learn.
+    It is thrown away after training. On purpose it is much smaller than the encoder, which would otherwise
+    leave the work to it.
     """
 
     def __init__(self, config):
@@ -378,11 +379,11 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i + 1, depth) for i in range(depth))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.dim)
-        # These blocks follow the encoder's: their weights shrink once more, by place in the whole chain.
+        # Scaled a second time, after Block did it by number 1, 2, 3: now by number in the whole chain.
         with torch.no_grad():
-            for place, block in enumerate(self.blocks, start=config.depth + 1):
-                block.attention.proj.weight /= math.sqrt(2 * place)
-                block.mlp.w3.weight /= math.sqrt(2 * place)
+            for number, block in enumerate(self.blocks, start=config.depth + 1):
+                block.attention.proj.weight /= math.sqrt(2 * number)
+                block.mlp.w3.weight /= math.sqrt(2 * number)
 
     def forward(self, tokens):
         if tokens.shape[1:] != self.shape:
@@ -405,28 +406,27 @@ def jepa_loss(prediction, target, visible):
     """
     shapes = tuple(prediction.shape), tuple(target.shape), tuple(visible.shape)
     if shapes[0] != shapes[1] or shapes[2] != shapes[0][:2] or visible.dtype != torch.bool:
-        raise InputError(f"shapes are {shapes}, they must be [B, N, D] twice, and bool [B, N]")
+        raise InputError(f"shapes are {shapes} ({visible.dtype}), must be [B, N, D] twice and bool [B, N]")
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(dim=2)  # [B, N]
     return (error.masked_fill(visible, 0).sum(dim=1) / (~visible).sum(dim=1)).mean()
 
 @torch.no_grad()
 def target_deviation(target):
-    """target_std, the collapse watch: how much a channel varies from image to image, mean over all of them.
+    """target_std, to notice collapse: the deviation over the images, mean over places and channels.  → scalar
 
-    [B, N, D] normalised target tokens → scalar. Near 1 the encoder tells all images apart. At 0 it says the
-    same about every image, even if it still tells one place from another.
+    target [B, N, D]: normalised tokens of two images or more. About 1 is the most. At 0 the encoder says the
+    same about every image, even if it still tells one place from another. A dip early in training is normal.
     """
     return target.float().std(dim=0).mean()
 
 class MIMJEPA(nn.Module):
     """Masked image modelling with a joint-embedding predictive architecture: the parts tied together.
 
-    Why does it not collapse? If both encoders said the same about every image, the loss could be zero. With
-    bad settings that happens: `target_deviation` shows it. Two things prevent it in practice. No gradient
-    reaches the target encoder, so the two cannot agree on a constant by moving towards each other. And the
-    target encoder follows slowly, as a moving average (EMA) of the context encoder's weights: to agree with
-    something that hardly moves, one has to predict it. The LayerNorm on the targets rules out the cheapest
-    way down, which is to shrink them.
+    If both encoders said the same about every image, the loss could be zero: they would have *collapsed*.
+    With bad settings that happens: `target_deviation` shows it. Two things prevent it in practice. No
+    gradient reaches the target encoder, so the loss cannot push it to a constant. And the target encoder
+    follows slowly, as a moving average (EMA) of the context encoder's weights: to agree with something that
+    hardly moves, one has to predict it. The targets' LayerNorm rules out the easiest way: to shrink them.
     """
 
     def __init__(self, config):
@@ -445,7 +445,7 @@ class MIMJEPA(nn.Module):
         return self
 
     def forward(self, context_images, target_images, visible, return_target=False):
-        """The loss of one batch: two views [B, 3, H, H] of the same images, and the mask [B, N] of the first.
+        """The loss of one batch: two views [B, 3, H, H], same crops, and the mask [B, N] of the first.
 
         With return_target=True also the target tokens [B, N, D], to watch them for collapse.
         """
@@ -513,10 +513,10 @@ if __name__ == "__main__":
     for row in visible[0].view(6, 6).tolist():
         print(" " * 32 + " ".join("#" if cell else "." for cell in row))
     tokens = model.context_encoder.tokenizer(images, visible)
-    show("tokens", tokens, f"largest number in a hidden place: {tokens[~visible].abs().max():.0f}")
+    show("tokens", tokens, f"largest number in a hidden place: {tokens[~visible].abs().max():g}")
     context = model.context_encoder(images, visible)
     show("context", context, "in all places: the hidden ones carry the mask token")
-    show("prediction", model.predictor(context), "what the target encoder may say")
+    show("prediction", model.predictor(context), "a guess of the next line")
     loss, target = model(images, images, visible, return_target=True)
     show("target", target, f"what it says, from the whole image; target_std {target_deviation(target):.2f}")
     loss.backward()

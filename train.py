@@ -27,6 +27,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 try:
@@ -522,17 +523,16 @@ class Loader:
         cores = torch.get_num_threads()  # to ask settles this thread's own number, before the others' is set
         ahead = 1 if self.device.type == "cpu" else min(8, os.cpu_count())
         with ThreadPoolExecutor(ahead, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            upcoming = deque()
-            for step in range(first, last + 1 + ahead):
-                if step <= last:
-                    upcoming.append(threads.submit(self.batch, step, self.pick(step), **options))
-                if step < first + ahead:
-                    continue
+            coming = (threads.submit(self.batch, step, self.pick(step), **options)
+                      for step in range(first, last + 1))  # fmt: skip
+            queue = deque(islice(coming, ahead))
+            for step in range(first, last + 1):
                 asked = time.perf_counter()
-                batch = upcoming.popleft().result()
+                batch = queue.popleft().result()
                 self.waited += time.perf_counter() - asked
                 torch.set_num_threads(cores)  # the threads' number is not to be that of what comes after
-                yield step - ahead, batch
+                queue.extend(islice(coming, 1))
+                yield step, batch
 
     def views(self, images, factors, order):
         """Normalised views [V·B, 3, H, H] of uint8 [B, 3, H, H]: V times, each with its own colours."""
