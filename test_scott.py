@@ -338,6 +338,7 @@ def labelled_folder(root):
     ("1.png 2.gif 3.GIF notes.txt .DS_Store", [-1], [], 1, "2 files of type .gif|1 files of type .txt"),
     ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, [], 3, ""),  # links
     ("../b/c/1.png ../b/d/2.png ../b/d/up->.. train->../b test->../b", [0, 0, 1, 1], ["c", "d"], 2, ""),
+    ("b/1.png train->b", [-1], [], 1, ""),  # the same picture by two ways
     ("train/1.png bus/2.png car/3.png", [-1] * 3, [], 3, ""),  # an unsplit class that is called train
     ("train/a/1.png train/b/2.png test/a/3.png test/b/4.png", [0, 0, 1, 1], ["a", "b"], 2, ""),
     ("train/a/1.png train/b/c/2.png val/a/3.png val/b/4.png", [0, 0, 1, 1], ["a", "b"], 2, ""),
@@ -533,6 +534,20 @@ def test_all_bad_files_are_listed_with_their_reasons_or_left_out_on_request(phot
             assert re.search(reason, error), reason
         trained(flags + "--skip-bad-images", base=TINY)
     assert re.search(r"left out 5(.*\n)+folder: 6 pictures", capsys.readouterr().out)
+
+def test_two_processes_may_build_the_same_cache_at_once(photos, monkeypatch):
+    """The second begins and ends while the first decodes: both then hold the same pictures."""
+    fill, second = train.fill, []
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(train, "fill", fill)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            second.append(load_photos())
+        return fill(*arguments)
+
+    monkeypatch.setattr(train, "fill", meanwhile)
+    assert all(map(torch.equal, load_photos(), second[0])) and len(list(photos.iterdir())) == 3
 
 def test_names_may_hold_anything():
     names = {"plain.png", "a b.png", "ünï.png", "new\nline.png", "--flag.png", "%s;$(x).png"}
@@ -1073,7 +1088,7 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
     ("--attention-dropout 2", "attention_dropout"), ("--drop-path -1", "drop_path"), ("--seed -1", "seed"),
     ("--batch-size 1", "batch_size"), ("--batch-size 50000", "--batch-size"), ("--device tpu9", "tpu9"),
     ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps 0", "max_steps"),
-    ("--out /dev/null/run", "/dev/null/run"), ("--out /proc/x/y", "/proc/x/y"), (".", "cannot read ."),
+    ("--data-dir x --out x", "holds the pictures"), ("--out /dev/null/run", "/dev/null/run"), ("--out /proc/x/y", "/proc/x/y"), (".", "cannot read ."),
     ("none.pt", "cannot read none.pt"), ("none.pt --epochs -1", "epochs"), ("none.pt --labels -1", "labels"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(arguments, says):
@@ -1122,6 +1137,11 @@ def test_two_runs_in_one_folder_do_not_lose_each_others_work_unnoticed(monkeypat
         monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(37, "No locks available")))
         assert "run/ckpt.pt" in refused(train, *command)
         assert second[0].returncode == 0 and files() == second[1]
+
+def test_a_checkpoint_that_is_touched_or_moved_away_while_its_run_goes_on_is_not_another_runs(monkeypatch):
+    actions = {7: lambda: os.chmod("run/ckpt.pt", 0o600), 12: lambda: os.rename("run/ckpt.pt", "mine.pt")}
+    at_each_step(monkeypatch, lambda step: actions.get(step, int)())
+    assert trained("--keep-every 1")["step"] == 15 and load_checkpoint("mine.pt")["step"] == 10
 
 @pytest.mark.parametrize("place, name, fault, says", [
     (scott, "jepa_loss", lambda prediction, *_: prediction.sum() * math.inf, "not finite at step 6.*--lr"),

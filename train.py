@@ -4,7 +4,7 @@
     python train.py --dataset pets        the paper's recipe on Oxford-IIIT Pet (downloaded on first use)
     python train.py --dataset folder --data-dir my/pictures
 
-Start at `train_step`, near the end. Its pieces come before it, in the order of a run; `main` joins them.
+Start at `train_step`, near the end. Its pieces come before it; `main` joins them.
 All that is random in step t is drawn from generators seeded with the run's seed and t (crops, colours, masks,
 dropout) or t's epoch (order of the pictures). So a thread can prepare it ahead, and a resumed run repeats it.
 """
@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -51,15 +52,15 @@ from scott import FORMAT, MIMJEPA, Config, InputError, hide, load_checkpoint, sa
 
 # ---- Recipes: every entry is also a flag (--batch-size overrides batch_size) -------------------------------
 
-TRAINING = dict(  # the paper's value of each entry, the least and the most it may be, and what it is
+TRAINING = dict(  # the default of each entry (the paper's), the least and the most it may be, and what it is
     epochs=(300, 1, 10**9, "times each picture is seen"),
     batch_size=(64, 2, 10**9, "pictures in a step"),
-    lr=(5e-4, 1e-12, 1e3, "peak learning rate"),
+    lr=(5e-4, 1e-5, 1e3, "peak learning rate"),
     momentum=(0.996, 0, 1, "of the target's moving average, at the start; it rises to 1"),
     seed=(47, 0, 2**63 - 1, "of everything random"),
     pretrain_split=("all", "all", "train", "'all': on the test pictures too (no labels); or 'train'"),
     pictures=(0, 0, 10**7, "how many to pretrain on, chosen at random; 0: all (critters: how many to draw)"),
-    probe_epochs=(100, 1, 10**9, "epochs that eval.py trains its attentive probes for"),
+    probe_epochs=(100, 1, 10**9, "epochs of the attentive probes of eval.py"),
     cache_side=(320, 16, 8192, "side at which decoded pictures are kept, in pixels (not for critters)"),
 )
 ABOUT = {name: about for name, (*_, about) in TRAINING.items()}
@@ -86,7 +87,7 @@ def generator_for(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def stamp(path):
-    """What tells a file from what it was before, or from another in its place. None if there is none."""
+    """Changes when the file does, or another takes its place. None if there is none."""
     info = os.stat(path) if os.path.exists(path) else None
     return info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
@@ -98,9 +99,10 @@ def writable(folder):
         return False
     return os.access(folder, os.W_OK)
 
-def write_whole(path, write):
-    """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
-    content, building = io.BytesIO(), path.with_name(path.name + ".tmp")
+def write_whole(path, write, tag=""):
+    """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file.
+    tag: tells apart processes that may write it at the same time."""
+    content, building = io.BytesIO(), path.with_name(f"{path.name}{tag}.tmp")
     write(content)  # into memory, so that only the disk can fail below
     try:
         with open(building, "wb") as file:
@@ -110,28 +112,24 @@ def write_whole(path, write):
         os.replace(building, path)
     except OSError as error:
         building.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({error.strerror}): make room (train.py: --resume)") from None
+        raise InputError(f"cannot write {path} ({error.strerror}): make room, then --resume") from None
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
 
-# A species is a plan of six parts, drawn at random from a seed, its name: add yours, and meet your own.
+# A species is a plan of six parts, drawn at random, seeded with its name. Add your name, and see yourself.
 # Colours, place, size and pose come from the picture's seed, whatever the species, so no colour tells species
 # apart. But each of three colours dresses two parts, and which two belongs to the species: who recognises it
 # by what is in sight knows that hidden legs have, say, the colour of the ears. That is what predicting hidden
-# places should teach: to foretell one part from another.
+# places should teach: to predict one part from another.
 
 SPECIES = "tigrot mousen puffit foxel cyclox zebbit moodle bumbear dashel wuffle".split()
 COLOURS = "black gray brown red orange gold olive green turquoise skyblue blue purple violet pink".split()
 CANVAS = 256  # critters are drawn this large, then shrunk, which smooths their edges
 
-def row(count, width):
-    """The middles of `count` equal pieces of a line of this width around 0."""
-    return [width * ((i + 0.5) / count - 0.5) for i in range(count)]
-
 def plan(name):
     """A species facing right, from back to front: for each part its ovals (x, y, rx, ry, colour)."""
     rng = random.Random(name)
-    tail, legs, body, spots, ears, head = rng.sample((0, 0, 1, 1, 2, 2), 6)  # their colours
+    tail, legs, body, spots, ears, head = rng.sample((0, 0, 1, 1, 2, 2), 6)  # the numbers of their colours
     rx, ry, r = rng.uniform(40, 64), rng.uniform(32, 54), rng.uniform(28, 46)  # the body's radii, the head's
     neck = rng.uniform(0.2, 1.2)  # where the head sits: 0 is in front, π/2 on top
     x, y = 0.9 * rx * math.cos(neck), -1.1 * ry * math.sin(neck) - 10
@@ -141,9 +139,10 @@ def plan(name):
     tail_x, tail_y = rng.uniform(10, 34), rng.uniform(10, 44)
     return [
         [(-rx - tail_x / 2, -tail_y / 2, tail_x, tail_y, tail)],
-        [(at, ry + 6, leg, 32, legs) for at in row(leg_count, 1.5 * rx)],
+        [(rx * (1.5 * (i + 0.5) / leg_count - 0.75), ry + 6, leg, 32, legs) for i in range(leg_count)],
         [(0, 0, rx, ry, body)],
-        [(at, 0, 0.8 * rx * spot / spot_count, ry * spot, spots) for at in row(spot_count, 1.6 * rx)],
+        [(rx * (1.6 * (i + 0.5) / spot_count - 0.8), 0, 0.8 * rx * spot / spot_count, ry * spot, spots)
+         for i in range(spot_count)],
         [(at, y - 0.8 * r - 0.4 * long, wide, long, ears) for at in (x - ear, x + ear)],
         [(x, y, r, r, head), (x - 6, y - 4, 9, 9, 3), (x - 3, y - 4, 4, 4, 4),
          (x + 14, y - 4, 9, 9, 3), (x + 17, y - 4, 4, 4, 4)],
@@ -221,7 +220,7 @@ def list_folder(data_dir, names):
 
     def fail(error):
         if os.path.basename(error.filename) != "cache":  # of somebody else's run
-            raise InputError(f"cannot list {error.filename} ({error.strerror}): make it readable")
+            raise InputError(f"cannot list {error.filename} ({error.strerror}): see --data-dir")
 
     found, passed = {name: [] for name in ("", *names)}, Counter()  # "": outside the splits
     visited = {(name, os.path.realpath(data_dir)) for name in names}
@@ -242,11 +241,12 @@ def list_folder(data_dir, names):
     parts = [sorted(found[name]) for name in names if found[name]]
     classes = [sorted({label for _, label in part} - {""}) for part in parts]
     if len(parts) == 1 or not found["train"] or not classes[0]:  # unlabelled; `train` alone is an album
-        parts, classes = [sorted(sum(found.values(), []))], [[]]
+        once = {os.path.realpath(path): (path, "") for path, _ in sum(found.values(), [])}
+        parts, classes = [sorted(once.values())], [[]]
     else:
         passed[f"outside {', '.join(names)}"] = len(found[""])
         loose = sum(label == "" for part in parts for _, label in part)
-        passed["beside the class folders (but used for pretraining)"] = loose
+        passed["beside the class folders, by probes only"] = loose
     if classes.count(classes[0]) < len(parts):
         raise InputError(f"{', '.join(names)} in {data_dir} must have the same folders, one a class")
     if any(passed.values()):
@@ -284,7 +284,8 @@ def to_rgb(image):
     tags = getattr(image, "tag_v2", {})  # a TIFF's: 258 is the number of bits, 262 what is zero, 339 the kind
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     signed = any(kind != 1 for kind in tags.get(339, ()))  # or float
-    if signed or (tags.get(258, (16,)) != (16,) if deep else image.mode in ("I", "F")):
+    packed = deep and tags.get(258, (16,)) != (16,)
+    if signed or packed or (image.mode in ("I", "F") and not deep):
         raise ValueError("signed, packed, 32-bit and float numbers have no agreed scale: convert it")
     if deep:
         values = np.asarray(image)
@@ -303,7 +304,7 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
 
     Decoding a JPEG costs more than a GPU's step on it. So it happens once: the array is a file in
     data_dir/cache (or out/cache), mapped into memory, and rebuilt when files change. A picture is squeezed
-    to a square, which crop_and_resize undoes. Only detail is lost, and little of it up to sides of 8:1.
+    to a square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
     InputError names the files that are no pictures. With skip_bad_images they get size 0 × 0 instead."""
     items, side = pictures.items, recipe["image_size" if dataset == "critters" else "cache_side"]
     shape = len(items), 3, side, side
@@ -316,17 +317,18 @@ def load_pixels(pictures, dataset, data_dir, out, recipe):
     cache = open_cache(home, shape) or open_cache(away, shape)
     pixels, sizes, bad = cache or build_cache(home if writable(home.parent) else away, items, shape)
     if bad:
-        more = [f"and {len(bad) - 40} more, in the cache's {name[:-4]}.bad.txt"] * (len(bad) > 40)
+        more = [f"and {len(bad) - 40} more, in the cache's {name[:-4]}.bad.txt"] if len(bad) > 40 else []
         text = f"{len(bad)} of {len(items)} files, which cannot be used: {'; '.join(bad[:40] + more)}"
         if not recipe["skip_bad_images"]:
             raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
         say(f"left out {text}")
-    return torch.from_numpy(pixels), torch.from_numpy(sizes)
+    with warnings.catch_warnings(action="ignore"):  # the cache is read-only, and torch has no such tensors
+        return torch.from_numpy(pixels), torch.from_numpy(sizes)
 
 def open_cache(place, shape):
     """(pixels, sizes, what is wrong with bad files); None if they are not all there, whole and readable."""
     try:
-        pixels = np.load(place, mmap_mode="c")  # copy on write: writable for torch, the file stays as it is
+        pixels = np.load(place, mmap_mode="r")
         sizes = np.load(place.with_suffix(".sizes.npy"))
         bad = place.with_suffix(".bad.txt").read_text("utf-8").splitlines()
         return (pixels, sizes, bad) if pixels.shape == shape and len(sizes) == len(pixels) else None
@@ -335,23 +337,27 @@ def open_cache(place, shape):
 
 def build_cache(place, items, shape):
     """Decode all pictures into one file, which gets its name only when it is whole, and open it."""
-    for old in place.parent.glob(place.stem[:-16] + "?" * 16 + ".*"):  # of other pictures, or half built
-        if old.suffix != ".tmp" or time.time() - old.stat().st_mtime > 86400:
-            old.unlink(missing_ok=True)
-    need, building = math.prod(shape) / 1e9, place.with_suffix(f".{os.getpid()}.tmp")  # two may build at once
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # another process may be cleaning as well
+        for old in place.parent.glob(place.stem[:-16] + "?" * 16 + ".*"):
+            half_built = old.suffix == ".tmp"
+            if time.time() - old.stat().st_mtime > 86400 if half_built else place.stem not in old.name:
+                old.unlink()
+    tag = f".{os.getpid()}"  # two processes may build the same
+    need, building = math.prod(shape) / 1e9, place.with_suffix(tag + ".tmp")
     say(f"decoding {len(items):,} pictures once, to {need:.2f} GB in {place.parent}")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.lib.format.open_memmap(building, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):  # a full disk must show here, not while memory is written back
             with open(building, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, building.stat().st_size)
         sizes, bad = fill(pixels, items, "decoding")
         pixels.flush()
-        write_whole(place.with_suffix(".sizes.npy"), lambda file: np.save(file, sizes))
-        write_whole(place.with_suffix(".bad.txt"), lambda file: file.write("\n".join(bad).encode()))
+        del pixels  # Windows renames no file that is mapped
+        write_whole(place.with_suffix(".sizes.npy"), lambda file: np.save(file, sizes), tag)
+        write_whole(place.with_suffix(".bad.txt"), lambda file: file.write("\n".join(bad).encode()), tag)
         os.replace(building, place)
-        return open_cache(place, shape)
+        return np.load(place, mmap_mode="r"), sizes, bad
     except OSError as error:
         free = shutil.disk_usage(place.parent).free / 1e9
         text = f"cannot keep {need:.3f} GB of pictures in {place.parent} ({error.strerror}; {free:.3f} free)"
@@ -384,7 +390,7 @@ def fill(pixels, items, what):
 # ---- Views: crops and colours, drawn for each picture, computed for all at once ----------------------------
 
 def to_device(tensor, device):
-    """A copy on the device. A GPU's is made without waiting for it, which is safe from pinned memory only."""
+    """The tensor on the device. A GPU's copy is not waited for, which is safe from pinned memory only."""
     pin = device.type == "cuda"
     return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
 
@@ -463,7 +469,7 @@ def apply_colours(images, order, factors, operations=OPERATIONS):
     """Apply to each image [B, 3, H, W] its own share of each operation, in the order drawn; in place."""
     for group in order:
         parts = [slice(None)]  # a GPU is fastest with all at once
-        if images.device.type == "cpu":  # with those that change, so few at a time that its cache holds them
+        if images.device.type == "cpu":  # with those that change, few enough to fit the processor's cache
             rows = (factors[:, group] != NEUTRAL[group]).any(1).nonzero().squeeze(1)
             parts = [rows[i : i + 8] for i in range(0, len(rows), 8)]
         for rows in parts:
@@ -505,7 +511,7 @@ class Loader:
 
     def batch(self, step, rows, views, masks=(2, 0.5)):
         """All that a step needs: a tuple for `views`, the rows, the masks. rows: what pick(step) says; views:
-        how many of each picture; masks: (grid, mask_ratio, masking) for sample_masks."""
+        how many of each picture; masks: grid, mask_ratio, masking for sample_masks (eval.py needs none)."""
         generator = generator_for(self.seed, 1, step)
         crops = draw_crops(self.sizes[rows], self.pixels.shape[-1], generator)[self.share]
         flip = torch.rand(len(rows), 1, 1, 1, generator=generator)[self.share] < 0.5
@@ -520,8 +526,8 @@ class Loader:
     def batches(self, first, last, **options):
         """Yield (step, its batch), first to last. Threads make them ahead. Where the CPU trains, a single
         one keeps to one core: if both used all, they would wait for each other."""
-        cores = torch.get_num_threads()  # to ask settles this thread's own number, before the others' is set
-        ahead = 1 if self.device.type == "cpu" else min(8, os.cpu_count())
+        cores = torch.get_num_threads()  # to ask fixes this thread's own number, before others set theirs
+        ahead = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(ahead, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             coming = (threads.submit(self.batch, step, self.pick(step), **options)
                       for step in range(first, last + 1))  # fmt: skip
@@ -530,8 +536,8 @@ class Loader:
                 asked = time.perf_counter()
                 batch = queue.popleft().result()
                 self.waited += time.perf_counter() - asked
-                torch.set_num_threads(cores)  # the threads' number is not to be that of what comes after
                 queue.extend(islice(coming, 1))
+                torch.set_num_threads(cores)  # a thread that starts sets 1, for all that are to come
                 yield step, batch
 
     def views(self, images, factors, order):
@@ -583,10 +589,11 @@ COLUMNS = ("epoch", "step", "loss", "learning_rate", "weight_decay", "momentum",
 
 class Record:
     """The numbers of a run: on the bar while it goes, and in a row of metrics.csv for each epoch.
-    Reading a number waits for the device. So what each step reports stays there until somebody looks."""
+    Reading a number waits for the device. So what each step reports stays there until somebody looks.
+    saved: the stamp of ckpt.pt, by which `save` knows its own file."""
 
-    def __init__(self, config, loader, ranks, stamp):
-        self.loader, self.ranks, self.stamp, self.flops = loader, ranks, stamp, training_flops(config)
+    def __init__(self, config, loader, ranks, saved):
+        self.loader, self.ranks, self.saved, self.flops = loader, ranks, saved, training_flops(config)
         self.history, self.log = [], []  # rows of whole epochs; loss and target_std of each step since then
         self.started = self.shown = time.perf_counter()
         self.lap = None  # since when speed is measured: (time, step, seconds waited)
@@ -614,7 +621,7 @@ class Record:
             raise InputError(f"the loss is not finite at step {bad:,}: try a lower --lr, or --precision fp32")
         loss, deviation = numbers.mean(0).tolist()
         if deviation < 0.1:
-            say(f"warning: target_std is {deviation:.3f}, it collapses. Try more --momentum or less --lr")
+            say(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
         (lap_start, lap_step, waited), now = self.lap, time.perf_counter()
         speed = self.loader.batch_size * (step - lap_step) / (now - lap_start)  # images/s
         wait, tflops = (self.loader.waited - waited) / (now - lap_start), speed * self.flops / 1e12
@@ -675,8 +682,9 @@ def draw_curves(path, steps, curves):
 
 def save(paths, step, names, model, optimizer, scaler, record, **about):
     """Write the run as it is after this step. names: of its pictures; about: its config and recipe."""
-    if stamp(paths[0]) != record.stamp:
-        raise InputError(f"another run has saved to {paths[0]}: this one's work is not. Name another --out")
+    there = stamp(paths[0])
+    if there and there[:2] != (record.saved or ())[:2]:  # the third changes when the file is only moved
+        raise InputError(f"another run has saved to {paths[0]}, so this one's last steps are not saved")
     log = torch.stack(record.log).cpu() if record.log else torch.empty(0, 2)
     state = dict(
         format=FORMAT, step=step, pictures=names, history=record.history, log=log, model=model.state_dict(),
@@ -685,7 +693,7 @@ def save(paths, step, names, model, optimizer, scaler, record, **about):
     )  # fmt: skip
     for path in paths:
         write_whole(path, lambda file: torch.save(state, file))
-    record.stamp = stamp(paths[0])
+    record.saved = stamp(paths[0])
 
 def restore(saved, names, model, optimizer, scaler, record):
     """Put all that changes in training back to where `save` found it, and return the step."""
@@ -748,7 +756,8 @@ def check_recipe(recipe):
     for name, (_, least, most, _) in TRAINING.items():
         fits = recipe[name] in (least, most) if isinstance(most, str) else least <= recipe[name] <= most
         if not fits:
-            raise InputError(f"{name} is {recipe[name]!r}, it must be from {least} to {most}")
+            word = "or" if isinstance(most, str) else "to"
+            raise InputError(f"{name} is {recipe[name]!r}, it must be {least} {word} {most}")
     return Config(**{name: recipe[name] for name in asdict(Config())})
 
 def open_run(args, given, path):
@@ -765,19 +774,22 @@ def open_run(args, given, path):
                 raise InputError(f"{path} has {name} {recipe[name]}, not {value}: name another --out folder")
     elif args.resume:
         say(f"there is no {path} yet: starting from the beginning")
-    skip = args.skip_bad_images or recipe["skip_bad_images"]
-    return recipe | dict(data_dir=args.data_dir or recipe["data_dir"], skip_bad_images=skip), saved
+    skip, data_dir = args.skip_bad_images or recipe["skip_bad_images"], args.data_dir or recipe["data_dir"]
+    if os.path.realpath(data_dir) == os.path.realpath(path.parent):
+        raise InputError(f"{data_dir} holds the pictures: name another folder by --out")
+    return recipe | dict(data_dir=data_dir, skip_bad_images=skip), saved
 
 def setup(args):
-    """What to compute on, as asked or as is best, which it prints: device, dtype (of autocast), compile,
+    """Choose, and print, what to compute on, the best or as asked: device, dtype (of autocast), compile,
     autocast(). InputError if it cannot be had."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = args.device or best
     try:  # under torchrun each process has a GPU of its own
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"device {name} is not there; leave --device out to use the best there is") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot use device {name} ({reason}): leave --device out for the best") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     cuda, features = device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     has_bf16 = device.type == "cpu" and any(features.get(f) for f in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -799,19 +811,19 @@ def read_data(recipe, out):
         rows = rows[torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))[:count]]
     pixels, sizes = load_pixels(pictures, dataset, data_dir, out, recipe)
     rows = rows[sizes[rows, 0] > 0]
-    names = [pictures.items[row] for row in rows]
-    names = [str(item) if dataset == "critters" else os.path.relpath(item, data_dir) for item in names]
-    return pixels, sizes, rows, "\0".join(names)
+    items = [pictures.items[row] for row in rows if dataset != "critters"]  # a recipe says which critters
+    return pixels, sizes, rows, "\0".join(os.path.relpath(item, data_dir) for item in items)
 
 def hold(out, at_end):
     """Keep `out` for this run until it ends. InputError if another run has it, or it cannot be written to."""
 
-    def leave_no_empty_folder(made):
+    made = [path for path in (out, *out.parents) if not path.exists()]
+
+    def leave_no_empty_folder():
         with suppress(OSError):
             for path in made:
                 path.rmdir()
 
-    at_end.callback(leave_no_empty_folder, [path for path in (out, *out.parents) if not path.exists()])
     if not writable(out):
         raise InputError(f"cannot write to {out}: make it writable, or name another folder by --out")
     try:
@@ -822,12 +834,13 @@ def hold(out, at_end):
         raise InputError(f"another run saves to {out / 'ckpt.pt'}: name another folder by --out") from None
     except (OSError, AttributeError):  # some file systems have no locks, nor has Windows: `save` looks again
         pass
+    at_end.callback(leave_no_empty_folder)
 
 def join_processes(device, batch_size, at_end):
     """(this process's number, how many there are): (0, 1) unless torchrun started several."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % ranks or batch_size < 2 * ranks:
-        raise InputError(f"batch_size is {batch_size}, it must be 2, 3, … for each of {ranks} processes")
+        raise InputError(f"batch_size is {batch_size}, it must be {2 * ranks} or more, in steps of {ranks}")
     if ranks > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -841,9 +854,8 @@ def listen(at_end):
     heard = []
 
     def remember(number, frame):
-        if heard:
-            raise KeyboardInterrupt
         heard.append(number)
+        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
 
     with suppress(ValueError):  # only the main thread may ask for signals
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -877,15 +889,16 @@ def run(program):
 
 def train_step(model, network, optimizer, scaler, views, visible, schedule, machine):
     """One step of MIM-JEPA on two views [B, 3, H, H] of the same pictures.  → loss, target_std
-    network: the model, or what wraps it under torchrun. schedule: (learning rate, weight decay, momentum)."""
+    network: the model, or what wraps it under torchrun. scaler: of losses in fp16, idle otherwise. schedule:
+    (learning rate, weight decay, momentum). machine: what `setup` returns."""
     lr, weight_decay, momentum = schedule
     set_schedule(optimizer, lr, weight_decay)
     with machine.autocast():
         # The target from the whole of view 2 (no gradient), its prediction from the visible part of view 1,
         # and how far they are apart in the hidden places: MIMJEPA.forward, in scott.py.
         loss, target = network(*views, visible, return_target=True)
-    scaler.scale(loss).backward()  # the gradient, for the context encoder and the predictor …
-    scaler.step(optimizer)  # … which AdamW moves
+    scaler.scale(loss).backward()  # gradients of the context encoder and the predictor
+    scaler.step(optimizer)  # AdamW moves their weights
     scaler.update()
     optimizer.zero_grad()
     model.update_target(momentum)  # the target encoder follows slowly
@@ -930,11 +943,11 @@ def main(argv=None):
             f"{parameters:.1f} M parameters\nThe loss falls, rises and falls again: the target gets harder "
             "to predict. Watch target_std: 1 is healthy, near 0 the encoder has collapsed.")  # fmt: skip
         pause = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no animation
-        done, end = step * loader.batch_size, last_step * loader.batch_size
-        bar = tqdm(None, "training", end, initial=done, unit=" images", unit_scale=True, mininterval=pause,
-                   disable=rank > 0)  # fmt: skip
+        size = loader.batch_size
+        bar = tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
+                   mininterval=pause, disable=rank > 0)  # fmt: skip
         at_end.enter_context(bar)
-        signals = listen(at_end) if ranks == 1 else []
+        signals = listen(at_end) if ranks == 1 else []  # several processes would stop at different steps
         masks, saved_at = (config.grid, config.mask_ratio, config.masking), time.monotonic()
         for step, (draws, _, visible) in loader.batches(step + 1, last_step, views=2, masks=masks):
             views = loader.views(*draws).chunk(2)
@@ -961,7 +974,7 @@ def main(argv=None):
     if signals and step < last_step:
         say(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + signals[0]
-    say(f"saved {path}, which is at step {step:,} of {last_step:,}. Next: python eval.py {path}")
+    say(f"saved: {path} is at step {step:,} of {total_steps:,}. Next: python eval.py {path}")
     return 0
 
 if __name__ == "__main__":
