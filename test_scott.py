@@ -536,18 +536,18 @@ def test_all_bad_files_are_listed_with_their_reasons_or_left_out_on_request(phot
     assert re.search(r"left out 5(.*\n)+folder: 6 pictures", capsys.readouterr().out)
 
 def test_two_processes_may_build_the_same_cache_at_once(photos, monkeypatch):
-    """The second begins and ends while the first decodes: both then hold the same pictures."""
-    fill, second = train.fill, []
+    """The second begins and ends while the first writes: both then hold the same pictures."""
+    second = []
 
-    def meanwhile(*arguments):
-        monkeypatch.setattr(train, "fill", fill)
+    def meanwhile(file, fsync=os.fsync):
         with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
             patch.setattr(os, "getpid", lambda: 1)
-            second.append(load_photos())
-        return fill(*arguments)
+            second[:] = load_photos()
+        return fsync(file)
 
-    monkeypatch.setattr(train, "fill", meanwhile)
-    assert all(map(torch.equal, load_photos(), second[0])) and len(list(photos.iterdir())) == 3
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert all(map(torch.equal, load_photos(), second)) and len(list(photos.iterdir())) == 3
 
 def test_names_may_hold_anything():
     names = {"plain.png", "a b.png", "ünï.png", "new\nline.png", "--flag.png", "%s;$(x).png"}
