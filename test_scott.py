@@ -542,7 +542,6 @@ def test_two_processes_may_build_the_same_cache_at_once(photos, monkeypatch):
     def meanwhile(file, fsync=os.fsync):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)
-            patch.setattr(os, "getpid", lambda: 1)
             second[:] = load_photos()
         return fsync(file)
 
@@ -670,6 +669,7 @@ def test_pictures_to_pretrain_on_are_chosen_at_random_and_from_the_split_that_wa
         names = trained(flags, str(out), command)["pictures"].split("\0")
         chosen.append({int(Path(name).stem) for name in names})
     assert len(chosen[0]) == len(chosen[1]) == 10 and chosen[0] != chosen[1]
+    assert "holds pictures" in refused(train, *command, "--out", "animals/test/species 1")
     assert max(chosen[0]) > 15 and (chosen[2], chosen[3]) == (set(range(30)), set(range(18)))
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -1088,7 +1088,7 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
     ("--attention-dropout 2", "attention_dropout"), ("--drop-path -1", "drop_path"), ("--seed -1", "seed"),
     ("--batch-size 1", "batch_size"), ("--batch-size 50000", "--batch-size"), ("--device tpu9", "tpu9"),
     ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps 0", "max_steps"),
-    ("--data-dir x --out x", "holds the pictures"), ("--out /dev/null/run", "/dev/null/run"), ("--out /proc/x/y", "/proc/x/y"), (".", "cannot read ."),
+    ("--out /dev/null/run", "/dev/null/run"), ("--out /proc/x/y", "/proc/x/y"), (".", "cannot read ."),
     ("none.pt", "cannot read none.pt"), ("none.pt --epochs -1", "epochs"), ("none.pt --labels -1", "labels"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(arguments, says):

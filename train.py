@@ -241,7 +241,7 @@ def list_folder(data_dir, names):
     parts = [sorted(found[name]) for name in names if found[name]]
     classes = [sorted({label for _, label in part} - {""}) for part in parts]
     if len(parts) == 1 or not found["train"] or not classes[0]:  # unlabelled; `train` alone is an album
-        once = {os.path.realpath(path): (path, "") for path, _ in sum(found.values(), [])}
+        once = {os.path.realpath(path): (path, "") for path, _ in sorted(sum(found.values(), []))}
         parts, classes = [sorted(once.values())], [[]]
     else:
         passed[f"outside {', '.join(names)}"] = len(found[""])
@@ -337,13 +337,14 @@ def open_cache(place, shape):
 
 def build_cache(place, items, shape):
     """Decode all pictures into one file, which gets its name only when it is whole, and open it."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    if not writable(place.parent):
+        raise InputError(f"cannot write to {place.parent}, where decoded pictures are kept")
     with suppress(OSError):  # another process may be cleaning as well
         for old in place.parent.glob(place.stem[:-16] + "?" * 16 + ".*"):
             half_built = old.suffix == ".tmp"
             if time.time() - old.stat().st_mtime > 86400 if half_built else place.stem not in old.name:
                 old.unlink()
-    tag = f".{os.getpid()}"  # two processes may build the same
+    tag = "." + os.urandom(4).hex()  # two processes may build the same
     need, building = math.prod(shape) / 1e9, place.with_suffix(tag + ".tmp")
     say(f"decoding {len(items):,} pictures once, to {need:.2f} GB in {place.parent}")
     try:
@@ -363,7 +364,8 @@ def build_cache(place, items, shape):
         text = f"cannot keep {need:.3f} GB of pictures in {place.parent} ({error.strerror}; {free:.3f} free)"
         raise InputError(f"{text}: make room, or lower --cache-side") from None
     finally:
-        building.unlink(missing_ok=True)
+        with suppress(OSError):
+            building.unlink()
 
 def fill(pixels, items, what):
     """Decode every item into its row of `pixels`, by all cores. Returns the true sizes, float32 [n, 2], 0 × 0
@@ -527,7 +529,7 @@ class Loader:
         """Yield (step, its batch), first to last. Threads make them ahead. Where the CPU trains, a single
         one keeps to one core: if both used all, they would wait for each other."""
         cores = torch.get_num_threads()  # to ask fixes this thread's own number, before others set theirs
-        ahead = 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        ahead = min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 1
         with ThreadPoolExecutor(ahead, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             coming = (threads.submit(self.batch, step, self.pick(step), **options)
                       for step in range(first, last + 1))  # fmt: skip
@@ -647,7 +649,8 @@ def save_metrics(out, rows):
 
 def save_grid(path, columns):
     """Save a picture of columns of images: columns is {title: [B, 3, H, H] from 0 to 1}."""
-    images = torch.stack([column.clamp(0, 1).cpu() for column in columns.values()], dim=1).flatten(0, 1)
+    images = torch.stack([column.cpu() for column in columns.values()], dim=1).flatten(0, 1)
+    images = F.interpolate(images.nan_to_num().clamp(0, 1), scale_factor=math.ceil(64 / images.shape[-1]))
     grid = make_grid(images, len(columns), pad_value=1)
     canvas = to_pil_image(F.pad(grid, (0, 0, 14, 0), value=1))  # room for the titles
     for i, title in enumerate(columns):
@@ -658,7 +661,7 @@ def save_views(path, context, target, visible):
     """Save what the model sees, six rows."""
     grid, (mean, std) = math.isqrt(visible.shape[1]), torch.tensor([MEAN, STD]).view(2, 3, 1, 1)
     shown = hide(context, visible.view(-1, 1, grid, grid))  # 0, the mean colour, in the hidden cells
-    columns = {"view 1": context, "its visible part": shown, "view 2": target}
+    columns = {"view 1": context, "visible": shown, "view 2": target}
     save_grid(path, {title: column[:6].cpu() * std + mean for title, column in columns.items()})
 
 def draw_curves(path, steps, curves):
@@ -707,7 +710,7 @@ def restore(saved, names, model, optimizer, scaler, record):
     except Exception as error:  # whatever a changed file can lead to
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the checkpoint does not hold what it takes to go on ({reason})") from None
-    if before != now:
+    if names and before != now:
         gone, new = sorted(before - now), sorted(now - before)
         raise InputError(f"the run had other pictures: {len(gone)} are gone {gone[:3]}, {len(new)} are new "
                          f"{new[:3]}. Put them back, or begin anew in another --out")  # fmt: skip
@@ -775,8 +778,6 @@ def open_run(args, given, path):
     elif args.resume:
         say(f"there is no {path} yet: starting from the beginning")
     skip, data_dir = args.skip_bad_images or recipe["skip_bad_images"], args.data_dir or recipe["data_dir"]
-    if os.path.realpath(data_dir) == os.path.realpath(path.parent):
-        raise InputError(f"{data_dir} holds the pictures: name another folder by --out")
     return recipe | dict(data_dir=data_dir, skip_bad_images=skip), saved
 
 def setup(args):
@@ -809,6 +810,9 @@ def read_data(recipe, out):
     rows = torch.arange(pictures.train if recipe["pretrain_split"] == "train" else len(pictures.items))
     if 0 < count < len(rows):
         rows = rows[torch.randperm(len(rows), generator=generator_for(recipe["seed"], 2))[:count]]
+    homes = {os.path.dirname(item) for item in pictures.items if dataset != "critters"}
+    if os.path.realpath(out) in map(os.path.realpath, homes):  # its ckpt.pt would hide them from list_folder
+        raise InputError(f"{out} holds pictures to train on: name another folder by --out")
     pixels, sizes = load_pixels(pictures, dataset, data_dir, out, recipe)
     rows = rows[sizes[rows, 0] > 0]
     items = [pictures.items[row] for row in rows if dataset != "critters"]  # a recipe says which critters
@@ -816,7 +820,6 @@ def read_data(recipe, out):
 
 def hold(out, at_end):
     """Keep `out` for this run until it ends. InputError if another run has it, or it cannot be written to."""
-
     made = [path for path in (out, *out.parents) if not path.exists()]
 
     def leave_no_empty_folder():
