@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms.v2.functional import rgb_to_grayscale, to_pil_image
@@ -174,7 +174,6 @@ def critters(count, seed):
 
 Image.MAX_IMAGE_PIXELS = 10**9  # the pictures are the user's own: a large one is no attack
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # nor is a long comment or profile
-TURNS = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2)))  # EXIF's orientation → what undoes it, as Pillow counts
 ENDINGS = datasets.folder.IMG_EXTENSIONS
 LIBRARY = {  # torchvision's class, its list of files, its splits; from where to where to copy them by hand
     "pets": (datasets.OxfordIIITPet, "_images", ("trainval", "test"), "pets", "oxford-iiit-pet"),
@@ -267,11 +266,9 @@ def open_picture(item, side):
         # Opened by name, Pillow would map a file into memory, and scramble TIFFs that lie on their side.
         with open(item, "rb") as file, Image.open(file) as image:
             image.load()
-            turn = None
             with suppress(Exception):  # where the rest of the EXIF block is broken, it is of no interest
-                turn = TURNS.get(image.getexif().get(0x0112))
-            image = to_rgb(image)
-            return image if turn is None else image.transpose(turn)
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Exception as error:  # a damaged file can lead Pillow to any error
         system = isinstance(error, MemoryError) or getattr(error, "errno", None)
         if system and not isinstance(error, PermissionError):
