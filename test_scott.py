@@ -82,6 +82,9 @@ def test_masks_have_the_same_number_of_visible_tokens_and_come_from_the_generato
     assert [count_visible(100, ratio / 100) for ratio in range(1, 100)] == list(range(99, 0, -1))
     draws = [sample_masks(8, 14, 0.6, masking, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and len(torch.cat(draws).unique(dim=0)) == 16
+    for impossible in ((2, 1), (2, 4, -0.5), (2, 4, 0.5, "bloc")):
+        with pytest.raises(InputError):
+            sample_masks(*impossible)
 
 def test_block_masks_have_the_papers_shape():
     """The border of the hidden part is 41 ± 8 cells long; the centre 4×4 is visible 73 % of the time."""
