@@ -238,8 +238,7 @@ def evaluate(features, data, config, epochs, seed):
     results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
                "linear": accuracies(linear(train, labels, test, data.classes), truth)}  # fmt: skip
     if epochs > 0:
-        probes = train_probes(features, data, config, epochs, seed)
-        results |= score_probes(features, probes, data)
+        results |= score_probes(features, train_probes(features, data, config, epochs, seed), data)
     return results
 
 def supervise(encoder, data, config, epochs, recipe, machine):
@@ -344,6 +343,7 @@ def several_runs(figures):
 
 def probe_checkpoint(path, args, machine):
     """All about one checkpoint: table, eval.json, pictures.  → (step, {encoder: {probe: figures}})"""
+    torch.compiler.reset()  # of the graphs of other checkpoints only a few would be kept
     saved = load_checkpoint(path)
     config, recipe = check_recipe(saved.get("recipe")), saved["recipe"]
     trained, seed = load_encoder(saved, args.encoder), recipe["seed"]

@@ -458,7 +458,7 @@ class MIMJEPA(nn.Module):
     def update_target(self, momentum):
         """After each optimiser step, for all parameters: target ← m · target + (1 − m) · context."""
         targets, contexts = list(self.target_encoder.parameters()), list(self.context_encoder.parameters())
-        get_ema_multi_avg_fn(momentum)(targets, contexts, None)  # target.lerp_(context, 1 − m), in one call
+        get_ema_multi_avg_fn(momentum)(targets, contexts, None)  # each target.lerp_(context, 1 − m), at once
 
 # ---- Using a trained encoder -------------------------------------------------------------------------------
 

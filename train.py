@@ -4,7 +4,7 @@
     python train.py --dataset pets        the paper's recipe on Oxford-IIIT Pet (downloaded on first use)
     python train.py --dataset folder --data-dir my/pictures
 
-Start at `train_step`, near the end. Its pieces come before it; `main` joins them.
+`train_step` comes first, then what feeds it, in order; `main`, at the end, joins the pieces.
 All that is random in step t is drawn from generators seeded with the run's seed and t (crops, colours, masks,
 dropout) or t's epoch (order of the pictures). So a thread can prepare it ahead, and a resumed run repeats it.
 """
@@ -49,6 +49,25 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from scott import FORMAT, MIMJEPA, Config, InputError, hide, load_checkpoint, sample_masks, target_deviation
+
+# ---- One step of training, on which all the rest waits -----------------------------------------------------
+
+def train_step(model, network, optimizer, scaler, views, visible, schedule, machine):
+    """One step of MIM-JEPA on two views [B, 3, H, H] of the same pictures.  → loss, target_std
+    network: the model, or what wraps it under torchrun. scaler: of losses in fp16, idle otherwise. schedule:
+    (learning rate, weight decay, momentum). machine: what `setup` returns."""
+    lr, weight_decay, momentum = schedule
+    set_schedule(optimizer, lr, weight_decay)
+    with machine.autocast():
+        # The target from the whole of view 2 (no gradient), its prediction from the visible part of view 1,
+        # and how far they are apart in the hidden places: MIMJEPA.forward, in scott.py.
+        loss, target = network(*views, visible, return_target=True)
+    scaler.scale(loss).backward()  # gradients of the context encoder and the predictor
+    scaler.step(optimizer)  # AdamW moves their weights
+    scaler.update()
+    optimizer.zero_grad()
+    model.update_target(momentum)  # the target encoder follows slowly
+    return loss.detach(), target_deviation(target)
 
 # ---- Recipes: every entry is also a flag (--batch-size overrides batch_size) -------------------------------
 
@@ -404,10 +423,11 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     crop = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1)  # [B, tries, 2], shares
     fits = (crop <= 1).all(-1)  # [B, tries]
     crop = crop[torch.arange(B), fits.int().argmax(1)]  # [B, 2], the first try that fits
+    any_fits = fits.any(1, keepdim=True)
     # If no try fits into the picture, the crop is the largest centred one of an allowed ratio.
-    largest, fits = torch.cat([ratio[1] / shape, shape / ratio[0]], dim=1).clamp(max=1), fits.any(1)[:, None]
-    crop = (torch.where(fits, crop, largest) * side).round().clamp(min=1)
-    place = torch.where(fits, torch.rand(B, 2, generator=generator), 0.5)
+    largest = torch.cat([ratio[1] / shape, shape / ratio[0]], dim=1).clamp(max=1)
+    crop = (torch.where(any_fits, crop, largest) * side).round().clamp(min=1)
+    place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
 def crop_and_resize(pixels, rows, crops, out):
@@ -484,6 +504,7 @@ def normalise(images):
 
 class Loader:
     """Makes the batch of a step: picks its pictures, draws crops, colours and masks, all from (seed, step).
+    Threads crop ahead of training; the colours that they draw are applied by `views`, on the device.
     rows: which pictures to use, long [n]. Each epoch takes them in a new random order, without what does not
     fill a batch. Under torchrun each of `ranks` processes makes its own share of each batch."""
 
@@ -525,7 +546,7 @@ class Loader:
     def batches(self, first, last, **options):
         """Yield (step, its batch), first to last. Threads make them ahead. Where the CPU trains, a single
         one keeps to one core: if both used all, they would wait for each other."""
-        cores = torch.get_num_threads()  # to ask fixes this thread's own number, before others set theirs
+        cores = torch.get_num_threads()  # asked first: what a thread sets, those that come later start with
         ahead = min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 1
         with ThreadPoolExecutor(ahead, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             coming = (threads.submit(self.batch, step, self.pick(step), **options)
@@ -536,7 +557,7 @@ class Loader:
                 batch = queue.popleft().result()
                 self.waited += time.perf_counter() - asked
                 queue.extend(islice(coming, 1))
-                torch.set_num_threads(cores)  # a thread that starts sets 1, for all that are to come
+                torch.set_num_threads(cores)
                 yield step, batch
 
     def views(self, images, factors, order):
@@ -593,32 +614,32 @@ class Record:
 
     def __init__(self, config, loader, ranks, saved):
         self.loader, self.ranks, self.saved, self.flops = loader, ranks, saved, training_flops(config)
-        self.history, self.log = [], []  # rows of whole epochs; loss and target_std of each step since then
+        self.history = []  # rows of whole epochs
+        self.sums = torch.zeros(2, device=loader.device)  # of loss and target_std, since the last of them
         self.started = self.shown = time.perf_counter()
         self.lap = None  # since when speed is measured: (time, step, seconds waited)
 
     def add(self, step, loss, deviation, lr, bar):
         """Take in a step; once a second, put the latest numbers on the bar."""
-        self.log.append(torch.stack([loss, deviation]))
+        numbers = torch.stack([loss, deviation])
+        self.sums += numbers
         now = time.perf_counter()
         self.lap = self.lap or (now, step, self.loader.waited)  # the first step compiles: it is not measured
         if now - self.shown > 1:
-            text = "loss {:.4f}, target_std {:.2f}".format(*self.log[-1].tolist())
+            text = "loss {:.4f}, target_std {:.2f}".format(*numbers.tolist())
             bar.set_postfix_str(f"step {step:,}, {text}, learning rate {lr:.1e}", refresh=False)
             self.shown = now
         bar.update(self.loader.batch_size)
 
     def rows(self, step, lr, weight_decay, momentum):
         """All rows, the last one up to this step of its epoch. InputError if a loss is not finite."""
-        numbers = torch.stack(self.log)
+        rest = step % self.loader.steps_per_epoch
         if self.ranks > 1:
-            dist.all_reduce(numbers)
-        numbers = numbers.cpu() / self.ranks
-        finite = numbers.isfinite().all(dim=1).tolist()
-        if not all(finite):
-            bad = step - len(finite) + 1 + finite.index(False)
-            raise InputError(f"the loss is not finite at step {bad:,}: try a lower --lr, or --precision fp32")
-        loss, deviation = numbers.mean(0).tolist()
+            dist.all_reduce(self.sums)
+            self.sums /= self.ranks
+        loss, deviation = (self.sums / (rest or self.loader.steps_per_epoch)).tolist()
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is not finite by step {step:,}: lower --lr, or try --precision fp32")
         if deviation < 0.1:
             say(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
         (lap_start, lap_step, waited), now = self.lap, time.perf_counter()
@@ -631,16 +652,16 @@ class Record:
         epoch, seconds = step / self.loader.steps_per_epoch, now - self.started
         row = epoch, step, loss, lr, weight_decay, momentum, deviation, speed, seconds, wait, tflops, memory
         rows = [*self.history, dict(zip(COLUMNS, row))]
-        whole = step % self.loader.steps_per_epoch == 0
-        self.history, self.log = (rows, []) if whole else (self.history, list(numbers.to(self.loader.device)))
+        if rest == 0:
+            self.history, self.sums = rows, torch.zeros_like(self.sums)
         self.lap = now, step, self.loader.waited
         return rows
 
 def save_metrics(out, rows):
     """Save metrics.csv and curves.png."""
-    lines = [COLUMNS, *([f"{value:.9g}" for value in row.values()] for row in rows)]
-    text = "".join(",".join(line) + "\n" for line in lines)
-    write_whole(out / "metrics.csv", lambda file: file.write(text.encode()))
+    table, names = [[*row.values()] for row in rows], ",".join(COLUMNS)
+    save_table = partial(np.savetxt, X=table, fmt="%.9g", delimiter=",", header=names, comments="")
+    write_whole(out / "metrics.csv", save_table)
     curves = {name: [row[name] for row in rows] for name in ("loss", "target_std", "learning_rate")}
     draw_curves(out / "curves.png", [row["step"] for row in rows], curves)
 
@@ -682,17 +703,17 @@ def draw_curves(path, steps, curves):
 
 def save(paths, step, names, model, optimizer, scaler, record, **about):
     """Write the run as it is after this step. names: of its pictures; about: its config and recipe."""
-    there = stamp(paths[0])
-    if there and there[:2] != (record.saved or ())[:2]:  # the third changes when the file is only moved
-        raise InputError(f"another run has saved to {paths[0]}, so this one's last steps are not saved")
-    log = torch.stack(record.log).cpu() if record.log else torch.empty(0, 2)
+    there, other = stamp(paths[0]), paths[0].with_name(f"ckpt-of-{os.getpid()}.pt")
+    foreign = there and there[:2] != (record.saved or ())[:2]  # the third changes when it is only moved
     state = dict(
-        format=FORMAT, step=step, pictures=names, history=record.history, log=log, model=model.state_dict(),
-        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+        format=FORMAT, step=step, pictures=names, model=model.state_dict(), optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(), history=record.history, sums=record.sums,
         seconds=time.perf_counter() - record.started, **about,
     )  # fmt: skip
-    for path in paths:
+    for path in [other] if foreign else paths:
         write_whole(path, lambda file: torch.save(state, file))
+    if foreign:
+        raise InputError(f"another run has saved to {paths[0]}: this one is saved as {other}")
     record.saved = stamp(paths[0])
 
 def restore(saved, names, model, optimizer, scaler, record):
@@ -702,7 +723,7 @@ def restore(saved, names, model, optimizer, scaler, record):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        record.log = list(saved["log"].to(record.loader.device))
+        record.sums = saved["sums"].to(record.loader.device)
         record.history, record.started = saved["history"], record.started - saved["seconds"]
     except Exception as error:  # whatever a changed file can lead to
         reason = " ".join(str(error).split())[:300]
@@ -750,7 +771,8 @@ def read_arguments(argv):
 
 def check_recipe(recipe):
     """The Config of the recipe's model. InputError if an entry is missing, unknown or cannot work."""
-    kinds = [{name: type(value) for name, value in table.items()} for table in (recipe or {}, PAPER | PLACE)]
+    recipe = recipe if isinstance(recipe, dict) else {}
+    kinds = [{name: type(value) for name, value in table.items()} for table in (recipe, PAPER | PLACE)]
     if kinds[0] != kinds[1] or recipe["dataset"] not in RECIPES:
         raise InputError("the checkpoint holds no recipe of this version of train.py")
     for name, (_, least, most, _) in TRAINING.items():
@@ -817,13 +839,6 @@ def read_data(recipe, out):
 
 def hold(out, at_end):
     """Keep `out` for this run until it ends. InputError if another run has it, or it cannot be written to."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
-
-    def leave_no_empty_folder():
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-
     if not writable(out):
         raise InputError(f"cannot write to {out}: make it writable, or name another folder by --out")
     try:
@@ -834,7 +849,6 @@ def hold(out, at_end):
         raise InputError(f"another run saves to {out / 'ckpt.pt'}: name another folder by --out") from None
     except (OSError, AttributeError):  # some file systems have no locks, nor has Windows: `save` looks again
         pass
-    at_end.callback(leave_no_empty_folder)
 
 def join_processes(device, batch_size, at_end):
     """(this process's number, how many there are): (0, 1) unless torchrun started several."""
@@ -885,24 +899,7 @@ def run(program):
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-# ---- Training ----------------------------------------------------------------------------------------------
-
-def train_step(model, network, optimizer, scaler, views, visible, schedule, machine):
-    """One step of MIM-JEPA on two views [B, 3, H, H] of the same pictures.  → loss, target_std
-    network: the model, or what wraps it under torchrun. scaler: of losses in fp16, idle otherwise. schedule:
-    (learning rate, weight decay, momentum). machine: what `setup` returns."""
-    lr, weight_decay, momentum = schedule
-    set_schedule(optimizer, lr, weight_decay)
-    with machine.autocast():
-        # The target from the whole of view 2 (no gradient), its prediction from the visible part of view 1,
-        # and how far they are apart in the hidden places: MIMJEPA.forward, in scott.py.
-        loss, target = network(*views, visible, return_target=True)
-    scaler.scale(loss).backward()  # gradients of the context encoder and the predictor
-    scaler.step(optimizer)  # AdamW moves their weights
-    scaler.update()
-    optimizer.zero_grad()
-    model.update_target(momentum)  # the target encoder follows slowly
-    return loss.detach(), target_deviation(target)
+# ---- The program -------------------------------------------------------------------------------------------
 
 def main(argv=None):
     """Train as the command line says. Returns the exit status: 0, or 128 + the signal that ended the run."""
@@ -913,15 +910,15 @@ def main(argv=None):
     config, machine, seed = check_recipe(recipe), setup(args), recipe["seed"]
     with ExitStack() as at_end:  # what is to be undone, however the run ends
         rank, ranks = join_processes(machine.device, recipe["batch_size"], at_end)
-        if rank == 0:
-            hold(out, at_end)
-        else:
+        if rank > 0:
             dist.barrier()  # until rank 0 has downloaded and decoded the pictures
         pixels, sizes, rows, names = read_data(recipe, out)
         shape = recipe["batch_size"], config.image_size
         loader = Loader(pixels, sizes, rows, *shape, seed, machine, rank, ranks)
-        if rank == 0 and ranks > 1:
-            dist.barrier()
+        if rank == 0:
+            hold(out, at_end)  # only now: what was refused until here has left no folder
+            if ranks > 1:
+                dist.barrier()
         total_steps = recipe["epochs"] * loader.steps_per_epoch
         warmup_steps = min(total_steps * 40 // 300, 40 * loader.steps_per_epoch)  # 40 of the paper's 300
         last_step = min(total_steps, args.max_steps)
