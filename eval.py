@@ -348,7 +348,7 @@ def probe_checkpoint(path, args, machine):
     config, recipe = check_recipe(saved.get("recipe")), saved["recipe"]
     trained, seed = load_encoder(saved, args.encoder), recipe["seed"]
     dataset, same = args.dataset or recipe["dataset"], args.dataset in (None, recipe["dataset"])
-    data_dir = args.data_dir or (recipe["data_dir"] if same else "data")
+    data_dir = (recipe["data_dir"] if same else "data") if args.data_dir is None else args.data_dir
     recipe = recipe | {"skip_bad_images": args.skip_bad_images or recipe["skip_bad_images"]}
     epochs = recipe["probe_epochs"] if args.epochs is None else args.epochs
     folder, tag = Path(path).parent, Path(path).stem.removeprefix("ckpt")  # ckpt-0005.pt: eval-0005.json
@@ -399,9 +399,9 @@ def probe_checkpoint(path, args, machine):
 def main(argv=None):
     args = read_arguments(argv)
     machine, runs = setup(args), {}  # by folder: {step: results}
-    for path in dict.fromkeys(args.checkpoints):
+    for path in {Path(path).resolve(): path for path in args.checkpoints}.values():
         step, results = probe_checkpoint(path, args, machine)
-        runs.setdefault(Path(path).parent, {})[step] = results
+        runs.setdefault(Path(path).parent.resolve(), {})[step] = results
     for folder, times in runs.items():
         if len(times) > 1:  # how the probes of a run fare as it goes on, from what training started from
             start = {} if args.no_baseline else {0: {"trained": next(iter(times.values()))["untrained"]}}

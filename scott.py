@@ -118,8 +118,7 @@ def block_mask(grid, count, rng):
 
     Before rounding, a rectangle has 16 cells or more, until fewer are missing, and sides of at most 1 : 3.3.
     """
-    visible = np.zeros((grid, grid), dtype=bool)
-    missing = count
+    visible, missing = np.zeros((grid, grid), dtype=bool), count
     # A side is at most grid − 1. On the smallest grids, with much to fill, a rectangle of 16 cells does not
     # fit: without this bound the loop would not end.
     smallest = min(16, (grid - 1) ** 2)
@@ -342,7 +341,6 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.tokenizer = Tokenizer(config)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
         # As good as zero: at first a hidden place only says where it is. The rest is learned.
@@ -431,7 +429,6 @@ class MIMJEPA(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
         self.context_encoder = Encoder(config)
         self.predictor = Predictor(config)
         self.target_encoder = Encoder(config)
@@ -476,7 +473,8 @@ def load_checkpoint(path):
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # a damaged file can lead the unpickler to any error
         raise InputError(f"{path} is damaged, or not a checkpoint of train.py") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+    known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+    if not known or type(checkpoint.get("step")) is not int:
         raise InputError(f"{path} is not a checkpoint of this version of train.py")
     return checkpoint
 
@@ -493,6 +491,8 @@ def load_encoder(checkpoint, which="context", device="cpu"):
         encoder = Encoder(Config(**saved["config"]))
         weights = {n.removeprefix(prefix): w for n, w in saved["model"].items() if n.startswith(prefix)}
         encoder.load_state_dict(weights)
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("some weights are not finite")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # torch's has several lines
         raise InputError(f"the checkpoint does not hold the encoder it says it holds ({reason})") from None

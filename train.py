@@ -10,6 +10,7 @@ dropout) or t's epoch (order of the pictures). So a thread can prepare it ahead,
 """
 
 import argparse
+import errno
 import hashlib
 import inspect
 import io
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, TiffImagePlugin
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms.v2.functional import rgb_to_grayscale, to_pil_image
@@ -131,7 +132,8 @@ def write_whole(path, write, tag=""):
         os.replace(building, path)
     except OSError as error:
         building.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({error.strerror}): make room, then --resume") from None
+        text = f"cannot write {path} ({error.strerror}): make room, or make it writable"
+        raise InputError(f"{text}; --resume goes on") from None
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
 
@@ -192,6 +194,7 @@ def critters(count, seed):
 # ---- Pictures: what there is to train on -------------------------------------------------------------------
 
 Image.MAX_IMAGE_PIXELS = 10**9  # the pictures are the user's own: a large one is no attack
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader scrambles some planar and subsampled TIFFs
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # nor is a long comment or profile
 ENDINGS = datasets.folder.IMG_EXTENSIONS
 LIBRARY = {  # torchvision's class, its list of files, its splits; from where to where to copy them by hand
@@ -237,7 +240,7 @@ def list_folder(data_dir, names):
     programs, and what lies beside a checkpoint is what a run has drawn: none of it is to learn from."""
 
     def fail(error):
-        if os.path.basename(error.filename) != "cache":  # of somebody else's run
+        if error.filename != os.path.join(data_dir, "cache"):  # of somebody else's run
             raise InputError(f"cannot list {error.filename} ({error.strerror}): see --data-dir")
 
     found, passed = {name: [] for name in ("", *names)}, Counter()  # "": outside the splits
@@ -250,7 +253,8 @@ def list_folder(data_dir, names):
             continue
         visited.add(here)
         folders[:] = [name for name in sorted(folders) if name[0] not in ".@" and name != "__MACOSX"]
-        for name in [] if "ckpt.pt" in files else files:
+        drawn = "ckpt.pt" in files or {"metrics.csv", "views.png"} <= {*files}  # by a run
+        for name in [] if drawn else files:
             ending = Path(name).suffix.lower()
             if ending in ENDINGS and name[0] not in ".@":
                 found[here[0]].append((os.path.join(parent, name), label))
@@ -265,10 +269,10 @@ def list_folder(data_dir, names):
         passed[f"outside {', '.join(names)}"] = len(found[""])
         loose = sum(label == "" for part in parts for _, label in part)
         passed["beside the class folders, by probes only"] = loose
-    if classes.count(classes[0]) < len(parts):
-        raise InputError(f"{', '.join(names)} in {data_dir} must have the same folders, one a class")
     if any(passed.values()):
         say("passed over " + "; ".join(f"{count} files {why}" for why, count in passed.items() if count))
+    if classes.count(classes[0]) < len(parts):
+        raise InputError(f"{', '.join(names)} in {data_dir} need pictures of the same classes, in folders")
     if not parts[0]:
         raise InputError(f"no pictures in {data_dir} (their names must end in {' '.join(ENDINGS)})")
     number = {name: i for i, name in enumerate(classes[0])}
@@ -284,13 +288,16 @@ def open_picture(item, side):
             raise ValueError("there is no such file")
         # Opened by name, Pillow would map a file into memory, and scramble TIFFs that lie on their side.
         with open(item, "rb") as file, Image.open(file) as image:
+            depth = image.tile[0].args if image.format == "PNG" and image.tile else None
             image.load()
+            if depth in ("L;2", "L;4", "RGB;16B") and "transparency" in image.info:  # which Pillow misreads
+                raise ValueError("a transparent colour of 2, 4 or 48 bits: convert it to 8 bits a channel")
             with suppress(Exception):  # where the rest of the EXIF block is broken, it is of no interest
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
     except Exception as error:  # a damaged file can lead Pillow to any error
-        system = isinstance(error, MemoryError) or getattr(error, "errno", None)
-        if system and not isinstance(error, PermissionError):
+        code = getattr(error, "errno", None)  # a damaged file can also ask for what is invalid
+        if isinstance(error, MemoryError) or code not in (None, errno.EACCES, errno.EPERM, errno.EINVAL):
             raise  # the file may be whole
         reason = getattr(error, "strerror", None) or str(error).partition(" <")[0]  # without Python's object
         raise InputError(f"{item}: {reason}") from None
@@ -308,6 +315,7 @@ def to_rgb(image):
         values = np.where(values == image.info.get("transparency"), 65535, values)  # white where transparent
         values = (values >> 8).astype(np.uint8)
         image = Image.fromarray(255 - values if tags.get(262) == 0 else values)
+    image = image.convert("LA") if image.mode == "La" else image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -347,8 +355,9 @@ def open_cache(place, shape):
         pixels = np.load(place, mmap_mode="r")
         sizes = np.load(place.with_suffix(".sizes.npy"))
         bad = place.with_suffix(".bad.txt").read_text("utf-8").splitlines()
-        return (pixels, sizes, bad) if pixels.shape == shape and len(sizes) == len(pixels) else None
-    except (OSError, ValueError, EOFError):
+        kinds = (pixels.shape, pixels.dtype), (sizes.shape, sizes.dtype)
+        return (pixels, sizes, bad) if kinds == ((shape, np.uint8), ((shape[0], 2), np.float32)) else None
+    except Exception:  # whatever a damaged file can lead to
         return None
 
 def build_cache(place, items, shape):
@@ -785,9 +794,10 @@ def check_recipe(recipe):
 def open_run(args, given, path):
     """The recipe of a new run, and None; or the recipe and the checkpoint of the run that is to go on."""
     recipe, saved = RECIPES[args.dataset or "critters"] | PLACE | given, None
+    there = sorted(path.parent.glob("ckpt*.pt"))
+    if there and not args.resume:
+        raise InputError(f"{there[-1]} is there already: go on by --resume, or name another folder by --out")
     if path.exists():
-        if not args.resume:
-            raise InputError(f"{path} is there already: go on with --resume, or name another folder by --out")
         saved = load_checkpoint(path)
         recipe = saved.get("recipe")
         check_recipe(recipe)
@@ -796,7 +806,8 @@ def open_run(args, given, path):
                 raise InputError(f"{path} has {name} {recipe[name]}, not {value}: name another --out folder")
     elif args.resume:
         say(f"there is no {path} yet: starting from the beginning")
-    skip, data_dir = args.skip_bad_images or recipe["skip_bad_images"], args.data_dir or recipe["data_dir"]
+    skip, data_dir = args.skip_bad_images or recipe["skip_bad_images"], recipe["data_dir"]
+    data_dir = data_dir if args.data_dir is None else args.data_dir
     return recipe | dict(data_dir=data_dir, skip_bad_images=skip), saved
 
 def setup(args):
@@ -807,7 +818,7 @@ def setup(args):
     try:  # under torchrun each process has a GPU of its own
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"cannot use device {name} ({reason}): leave --device out for the best") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
@@ -948,8 +959,6 @@ def main(argv=None):
         masks, saved_at = (config.grid, config.mask_ratio, config.masking), time.monotonic()
         for step, (draws, _, visible) in loader.batches(step + 1, last_step, views=2, masks=masks):
             views = loader.views(*draws).chunk(2)
-            if step == 1 and rank == 0:
-                save_views(out / "views.png", *views, visible)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe["lr"],
                                  start_momentum=recipe["momentum"])  # fmt: skip
             torch.manual_seed(generator_for(seed, 3, step, rank).initial_seed())  # what dropout draws from
@@ -965,6 +974,7 @@ def main(argv=None):
                 paths = [path] + [out / f"ckpt-{epoch:04}.pt"] * keep
                 save(paths, step, *parts, config=asdict(config), recipe=recipe)
                 save_metrics(out, metrics)
+                save_views(out / "views.png", *views, visible)
                 saved_at = time.monotonic()
             if end:
                 break
