@@ -942,8 +942,8 @@ def main(argv=None):
         parts = names, model, optimizer, scaler, record
         step = restore(saved, *parts) if saved else 0
         saved = None  # the memory is needed
-        if machine.compile:
-            model.compile(fullgraph=True)
+        if machine.compile:  # CUDA graphs: to launch hundreds of kernels takes longer than to run them
+            model.compile(fullgraph=True, mode="reduce-overhead" if ranks == 1 else "default")
         network = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
