@@ -341,6 +341,7 @@ def labelled_folder(root):
     ("1.png a/2.JPG b/c/3.webp cache/4.png", [-1] * 4, [], 4, ""),
     ("1.png .2.png ._3.jpg .thumb/4.png @eaDir/5.png __MACOSX/6.png a/.Trash-1000/7.png", [-1], [], 1, ""),
     ("1.png run/views.png run/ckpt.pt", [-1], [], 1, ""),  # what a run has drawn is no picture to learn from
+    ("1.png run/views.png run/metrics.csv", [-1], [], 1, ""),
     ("1.png 2.gif 3.GIF notes.txt .DS_Store", [-1], [], 1, "2 files of type .gif|1 files of type .txt"),
     ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, [], 3, ""),  # links
     ("../b/c/1.png ../b/d/2.png ../b/d/up->.. train->../b test->../b", [0, 0, 1, 1], ["c", "d"], 2, ""),
@@ -488,7 +489,8 @@ def test_pictures_are_kept_whole_and_decoded_again_only_if_they_or_their_cache_c
     assert (view - TF.center_crop(picture, [32, 32]) / 255).abs().mean() < 0.02
     files = set(photos.iterdir())
     for path in files:
-        for damage in (path.unlink, lambda: path.write_bytes(path.read_bytes()[:99])):
+        cut = lambda: path.write_bytes(path.read_bytes()[:99])  # noqa: E731
+        for damage in (path.unlink, cut, lambda: np.save(path.open("wb"), [1, 2])):
             damage()
             assert torch.equal(load_photos()[0], pixels)
     os.chmod("photos", 0o555)  # a cache is of use that cannot be written
@@ -1047,6 +1049,9 @@ def test_the_encoders_that_are_compared_are_the_trained_one_and_that_of_step_0(m
     assert Path("run/ckpt.pt").read_bytes() == before
     with pytest.raises(ValueError, match="which is 'teacher'"):
         load_encoder("run/ckpt.pt", "teacher")
+    saved["model"]["context_encoder.mask_token"][0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        load_encoder(saved)
 
 def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoint(capsys, monkeypatch):
     drawn, draw = {}, probing.draw_curves
@@ -1055,7 +1060,8 @@ def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoin
         trained(f"--seed {seed} --keep-every 1", seed)
     files = [f"{run}/ckpt{tag}" for run in "12" for tag in ("", "-0001", "-0003")]
     capsys.readouterr()
-    probing.main([*(f"{file}.pt" for file in files), "--epochs", "1", "--device", "cpu"])
+    again = os.path.abspath("1/ckpt.pt")  # counts once
+    probing.main([*(f"{file}.pt" for file in files), again, "--epochs", "1", "--device", "cpu"])
     single, table = capsys.readouterr().out.split("mean ± standard deviation of 2 runs")
     reports = {file: json.load(open(f"{file.replace('ckpt', 'eval')}.json"))["results"] for file in files}
     for name in ("trained", "untrained"):
