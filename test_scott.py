@@ -354,8 +354,8 @@ def labelled_folder(root):
     ("train/a/1.png train/.ipynb_checkpoints/1.png test/a/2.png", [0, 0], ["a"], 1, ""),
     ("train/a/2.png train/1.png test/a/3.png", [-1, 0, 0], ["a"], 2, "1 files beside the class folders"),
     ("train/a/1.png test/a/2.png more/3.png 4.png", [0, 0], ["a"], 1, "2 files outside train"),
-    ("notes.txt", None, None, None, "no pictures"), ("train/a/1.png test/1.png", *[None] * 3, "same classes"),
-    ("train/a/1.png train/b/1.png test/a/1.png", None, None, None, "same classes"),
+    ("notes.txt", None, None, None, "no pictures"), ("train/a/1.png test/1.png", *[None] * 3, "same folders"),
+    ("train/a/1.png train/b/1.png test/a/1.png", None, None, None, "same folders"),
 ])  # fmt: skip
 def test_what_counts_as_a_picture_and_what_as_a_class(capsys, files, labels, classes, training, says):
     for name, _, target in (name.partition("->") for name in files.split()):
