@@ -133,7 +133,7 @@ def write_whole(path, write, tag=""):
     except OSError as error:
         building.unlink(missing_ok=True)
         text = f"cannot write {path} ({error.strerror}): make room, or make it writable"
-        raise InputError(f"{text}; --resume goes on") from None
+        raise InputError(f"{text}; train.py goes on by --resume") from None
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
 
@@ -194,8 +194,8 @@ def critters(count, seed):
 # ---- Pictures: what there is to train on -------------------------------------------------------------------
 
 Image.MAX_IMAGE_PIXELS = 10**9  # the pictures are the user's own: a large one is no attack
-TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader scrambles some planar and subsampled TIFFs
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # nor is a long comment or profile
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader scrambles some planar and subsampled TIFFs
 ENDINGS = datasets.folder.IMG_EXTENSIONS
 LIBRARY = {  # torchvision's class, its list of files, its splits; from where to where to copy them by hand
     "pets": (datasets.OxfordIIITPet, "_images", ("trainval", "test"), "pets", "oxford-iiit-pet"),
@@ -315,7 +315,7 @@ def to_rgb(image):
         values = np.where(values == image.info.get("transparency"), 65535, values)  # white where transparent
         values = (values >> 8).astype(np.uint8)
         image = Image.fromarray(255 - values if tags.get(262) == 0 else values)
-    image = image.convert("LA") if image.mode == "La" else image
+    image = image.convert("LA") if image.mode == "La" else image  # Pillow knows no other way from there
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -728,7 +728,7 @@ def save(paths, step, names, model, optimizer, scaler, record, **about):
 def restore(saved, names, model, optimizer, scaler, record):
     """Put all that changes in training back to where `save` found it, and return the step."""
     try:
-        step, before, now = int(saved["step"]), set(saved["pictures"].split("\0")), set(names.split("\0"))
+        step, before, now = saved["step"], set(saved["pictures"].split("\0")), set(names.split("\0"))
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -795,8 +795,8 @@ def open_run(args, given, path):
     """The recipe of a new run, and None; or the recipe and the checkpoint of the run that is to go on."""
     recipe, saved = RECIPES[args.dataset or "critters"] | PLACE | given, None
     there = sorted(path.parent.glob("ckpt*.pt"))
-    if there and not args.resume:
-        raise InputError(f"{there[-1]} is there already: go on by --resume, or name another folder by --out")
+    if there and not (args.resume and path.exists()):
+        raise InputError(f"{there[-1]} is there: --resume goes on from {path}; or name another --out folder")
     if path.exists():
         saved = load_checkpoint(path)
         recipe = saved.get("recipe")
