@@ -12,9 +12,9 @@ The whole model, in the order in which an image passes through it:
              sees everything
 
 A *view* is a crop of a picture. Both views are the same crop, in other colours. The *context encoder* sees
-40 % of it, the *target encoder* all of it. A small *predictor* takes what the context encoder says and
+a part of it, the *target encoder* all of it. A small *predictor* takes what the context encoder says and
 guesses, for each hidden place, what the target encoder says there: a vector of features, not pixels. So it
-helps little to get the texture of fur right. It helps to know that an animal with pointed ears has a tail.
+helps little to get the texture of fur right. It helps to know what goes with pointed ears: a tail, perhaps.
 
 Letters used for sizes:
 
@@ -116,7 +116,7 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
 def block_mask(grid, count, rng):
     """One mask, a union of rectangles with exactly `count` visible cells: bool array [grid, grid].
 
-    Before rounding, a rectangle has 16 cells or more, until fewer are missing, and sides of at most 1 : 3.3.
+    Before rounding, a rectangle has 16 cells or more (or what is missing), and sides of at most 1 : 3.3.
     """
     visible, missing = np.zeros((grid, grid), dtype=bool), count
     # A side is at most grid − 1. On the smallest grids, with much to fill, a rectangle of 16 cells does not
@@ -198,7 +198,7 @@ class Tokenizer(nn.Module):
 
     images [B, 3, H, H], visible bool [B, N] or None (everything is visible)  →  [B, N, D]
     Hidden places come out as zeros ("scott"), as filled from their rim ("dense": masked convolutions to
-    compare with), or, since patches do not overlap and need no mask, as they are ("patch").
+    compare with), or as if nothing were hidden ("patch": no kernel overlaps; Encoder then replaces them).
     """
 
     def __init__(self, config):
@@ -260,7 +260,7 @@ def init_linear(module):
             nn.init.zeros_(module.bias)
 
 def attend(q, k, v, dropout):
-    """softmax(q kᵀ / √d) v; dropout: on the weights, always.  Each [B, heads, N, d = D/heads] → like q"""
+    """softmax(q kᵀ / √d) v; dropout: also in eval mode.  Each [B, heads, N, d = D/heads] → like q"""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # the GPU's single fused kernel
     # On a CPU the plain form is faster: up to 10 times in bf16, with so few tokens.
@@ -365,8 +365,8 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Guess the target encoder's tokens from the context encoder's.  [B, N, D] → [B, N, D]
 
-    It is thrown away after training. On purpose it is much smaller than the encoder, which would otherwise
-    leave the work to it.
+    It is thrown away after training. In the paper it has a quarter of the encoder's blocks: so the encoder
+    cannot leave the work to it.
     """
 
     def __init__(self, config):
@@ -377,7 +377,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i + 1, depth) for i in range(depth))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.dim)
-        # Scaled a second time, after Block did it by number 1, 2, 3: now by number in the whole chain.
+        # Again, as in the authors' code: Block did it by number 1, 2, 3, now by number in the whole chain.
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=config.depth + 1):
                 block.attention.proj.weight /= math.sqrt(2 * number)
