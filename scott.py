@@ -116,7 +116,7 @@ def sample_masks(batch, grid, mask_ratio=0.6, masking="block", generator=None):
 def block_mask(grid, count, rng):
     """One mask, a union of rectangles with exactly `count` visible cells: bool array [grid, grid].
 
-    Before rounding, a rectangle has 16 cells or more (or what is missing), and sides of at most 1 : 3.3.
+    Before rounding, a rectangle has 16 cells or more (at last what is missing), and sides of at most 1 : 3.3.
     """
     visible, missing = np.zeros((grid, grid), dtype=bool), count
     # A side is at most grid − 1. On the smallest grids, with much to fill, a rectangle of 16 cells does not
@@ -197,8 +197,8 @@ class Tokenizer(nn.Module):
     image stops the first, masking each layer the second.
 
     images [B, 3, H, H], visible bool [B, N] or None (everything is visible)  →  [B, N, D]
-    Hidden places come out as zeros ("scott"), as filled from their rim ("dense": masked convolutions to
-    compare with), or as if nothing were hidden ("patch": no kernel overlaps; Encoder then replaces them).
+    Hidden places come out as zeros ("scott"), as filled from their rim ("dense": masked once, to compare
+    with), or as if nothing were hidden ("patch": no kernel overlaps; Encoder then replaces them).
     """
 
     def __init__(self, config):
@@ -260,7 +260,7 @@ def init_linear(module):
             nn.init.zeros_(module.bias)
 
 def attend(q, k, v, dropout):
-    """softmax(q kᵀ / √d) v; dropout: also in eval mode.  Each [B, heads, N, d = D/heads] → like q"""
+    """softmax(q kᵀ / √d) v; dropout: 0 but in training.  Each [B, heads, N, d = D/heads] → like q"""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # the GPU's single fused kernel
     # On a CPU the plain form is faster: up to 10 times in bf16, with so few tokens.
@@ -351,7 +351,7 @@ class Encoder(nn.Module):
     def forward(self, images, visible=None):
         x = self.tokenizer(images, visible)  # [B, N, D]
         if visible is not None:
-            # The mask token takes the place of the last pool's zeros. That pool masks all the same: every
+            # The mask token takes the place of the last pool's zeros. That pool masks anyway: every
             # layer then keeps one rule, and the tokenizer's output can be used without an encoder.
             x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))
         positions = position_embedding(images.shape[-1] // PATCH, x.shape[2], x.device)  # [N, D]
@@ -377,7 +377,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i + 1, depth) for i in range(depth))
         self.norm = nn.LayerNorm(config.dim)
         self.head = nn.Linear(config.dim, config.dim)
-        # Again, as in the authors' code: Block did it by number 1, 2, 3, now by number in the whole chain.
+        # Scaled twice, as the authors do: in Block by number 1, 2, 3, here by number in the whole chain.
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=config.depth + 1):
                 block.attention.proj.weight /= math.sqrt(2 * number)
@@ -421,7 +421,7 @@ class MIMJEPA(nn.Module):
     """Masked image modelling with a joint-embedding predictive architecture: the parts tied together.
 
     If both encoders said the same about every image, the loss could be zero: they would have *collapsed*.
-    With bad settings that happens: `target_deviation` shows it. Two things prevent it in practice. No
+    With bad settings that happens: `target_deviation` shows it. Three things prevent it in practice. No
     gradient reaches the target encoder, so the loss cannot push it to a constant. And the target encoder
     follows slowly, as a moving average (EMA) of the context encoder's weights: to agree with something that
     hardly moves, one has to predict it. The targets' LayerNorm rules out the easiest way: to shrink them.
