@@ -260,7 +260,7 @@ def init_linear(module):
             nn.init.zeros_(module.bias)
 
 def attend(q, k, v, dropout):
-    """softmax(q kᵀ / √d) v; dropout: 0 but in training.  Each [B, heads, N, d = D/heads] → like q"""
+    """softmax(q kᵀ / √d) v; dropout: 0 outside training.  Each [B, heads, N, d = D/heads] → like q"""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # the GPU's single fused kernel
     # On a CPU the plain form is faster: up to 10 times in bf16, with so few tokens.
