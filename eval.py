@@ -6,7 +6,7 @@
     python eval.py runs/a/ckpt*.pt                          one run at several times: also curves
     python eval.py runs/pets/ckpt.pt --from-scratch         and the same encoder trained on the labels alone
 
-Two probes look at one averaged vector a picture: k nearest neighbours, and a linear classifier. Three
+Two probes look at one averaged vector per picture: k nearest neighbours, and a linear classifier. Three
 attentive probes look at all tokens and learn which of them matter: simple, multi-head and cross.
 
 Every row of the table stands there twice, for the trained encoder and for the same encoder before training. A
@@ -312,7 +312,7 @@ def read_arguments(argv):
     parser.add_argument("--dataset", choices=RECIPES, help="probe on this (default: what it was trained on)")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
     parser.add_argument("--epochs", type=int, help="of the attentive probes, 0: none (default: the recipe's)")
-    parser.add_argument("--labels", type=int, default=0, help="so many labelled pictures a class; 0: all (0)")
+    parser.add_argument("--labels", type=int, default=0, help="labelled pictures per class; 0: all (0)")
     parser.add_argument("--from-scratch", action="store_true", help="also train on the labels alone")
     parser.add_argument("--finetune", action="store_true", help="also train on from the checkpoint by labels")
     parser.add_argument("--no-baseline", action="store_true", help="skip the untrained encoder")

@@ -273,7 +273,7 @@ def list_folder(data_dir, names):
     if any(passed.values()):
         say("passed over " + "; ".join(f"{count} files {why}" for why, count in passed.items() if count))
     if classes.count(classes[0]) < len(parts):
-        raise InputError(f"{', '.join(names)} in {data_dir} need pictures in the same folders, one a class")
+        raise InputError(f"{', '.join(names)} in {data_dir} need pictures in the same folders, one per class")
     if not parts[0]:
         raise InputError(f"no pictures in {data_dir} (their names must end in {' '.join(ENDINGS)})")
     number = {name: i for i, name in enumerate(classes[0])}
