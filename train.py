@@ -464,7 +464,7 @@ def hue(images, shift):
     return value - chroma * (gap - 1).clamp(0, 1)
 
 def blur(images, sigma):
-    """9×9 Gaussian blur with reflected borders, one sigma a picture: along the rows, then the columns."""
+    """9×9 Gaussian blur with reflected borders, one sigma per picture: along the rows, then the columns."""
     offset = torch.arange(-4, 5, device=images.device)
     weight = torch.softmax(-0.5 * (offset / sigma.view(-1, 1).clamp(min=1e-3)) ** 2, dim=1)  # [B, 9]
     weight = weight.repeat_interleave(3, dim=0)[:, None, None]  # [3B, 1, 1, 9]
