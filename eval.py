@@ -1,9 +1,9 @@
 """Probe a frozen encoder: how much of what the labels say can be read off its features?
 
     python eval.py runs/pets/ckpt.pt
-    python eval.py runs/critters/ckpt.pt --dataset folder --data-dir my/pictures
+    python eval.py runs/critters/ckpt.pt --data-dir my/pictures
     python eval.py runs/a/ckpt.pt runs/b/ckpt.pt            several runs: also their mean and deviation
-    python eval.py runs/a/ckpt*.pt                          one run at several times: also curves
+    python eval.py "runs/a/ckpt*.pt"                        one run at several times: also curves
     python eval.py runs/pets/ckpt.pt --from-scratch         and the same encoder trained on the labels alone
 
 Two probes look at one averaged vector per picture: k nearest neighbours, and a linear classifier. Three
@@ -12,24 +12,31 @@ attentive probes look at all tokens and learn which of them matter: simple, mult
 Every row of the table stands there twice, for the trained encoder and for the same encoder before training. A
 random convolutional tokenizer is a surprisingly good feature extractor, and what pretraining taught is the
 difference. Nothing is chosen by looking at the test split: the number of epochs is fixed, the last epoch's
-figures are reported, and every probe is shown.
+figures are reported, and every probe is shown. All that is drawn of a run is drawn here too.
 """
 
+import glob
 import json
+import math
+import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
+from scott import MIMJEPA, PATCH, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
-from train import RECIPES, Loader, Parser, check_recipe, crop_and_resize, draw_curves, generator_for
-from train import list_pictures, load_pixels, make_optimizer, normalise, run, save_grid, schedules
-from train import set_schedule, setup, writable, write_whole
+from train import LAYOUT, PLACES, Loader, Parser, Recipe, at_least, cache_folder, choose_machine
+from train import default_recipe, generator_for, load_pictures, make_optimizer, run, schedules, set_schedule
+from train import write_file
 
 # ---- Attentive probes: tokens [B, N, D] → logits [B, classes] ----------------------------------------------
 
@@ -100,28 +107,36 @@ PROBES = {"simple": SimpleProbe, "multi-head": MultiHeadProbe, "cross": CrossPro
 
 def central_views(loader, rows):
     """The central square of each picture, 224/256 of its shorter side: [B, 3, H, H] from 0 to 1."""
-    sizes, side = loader.sizes[rows], loader.pixels.shape[-1]
+    sizes, side = loader.pictures.sizes[rows], loader.pictures.pixels.shape[-1]
     crop = (sizes.amin(1, keepdim=True) * 224 / 256 / sizes * side).round().clamp(min=1)
-    crops = torch.cat([((side - crop) / 2).floor(), crop], dim=1).long()  # left, top, width, height
-    return crop_and_resize(loader.pixels, rows, crops, loader.image_size).to(loader.device) / 255
+    drawn = torch.cat([rows[:, None], ((side - crop) / 2).floor(), crop, torch.zeros(len(rows), 1)], dim=1)
+    return loader.crop(rows, loader.to_device(drawn))
 
 class Features:
-    """The frozen encoder as a function: images [B, 3, H, H] → normalised tokens [B, N, D], no gradient."""
+    """The frozen encoder as a function: images [B, 3, H, H], 0 to 1 → normalised tokens [B, N, D]"""
 
-    def __init__(self, encoder, machine):
-        self.machine, self.encoder = machine, encoder.to(machine.device).eval().requires_grad_(False)
+    def __init__(self, encoder, loader, machine):
+        self.machine, self.loader = machine, loader
+        self.encoder = encoder.to(machine.device).eval().requires_grad_(False)
         if machine.compile:
             self.encoder.compile(fullgraph=True)
 
     @torch.no_grad()
-    def __call__(self, images):
+    def __call__(self, views):
         with self.machine.autocast():
-            return layer_norm(self.encoder(images)).float()
+            return layer_norm(self.encoder(views)).float()
 
-    def of_central_views(self, loader, rows, batch_size=64):
-        """Tokens of `rows`, batch by batch."""
-        for part in rows.split(batch_size):
-            yield self(normalise(central_views(loader, part)))
+    def of(self, rows, what, result):
+        """result(tokens of the central views) for these pictures, [n, …], batch by batch."""
+        size, results = min(64, len(rows)), None
+        padded = torch.cat([rows, rows[:1].expand(-len(rows) % size)])  # one size: compiled once
+        for i, part in enumerate(tqdm(padded.split(size), what, leave=False, disable=None)):
+            images = central_views(self.loader, part)
+            batch = result(self(self.loader.normalise(images, self.loader.mean, self.loader.std)))
+            if results is None:  # all room at once: pieces would leave holes in memory
+                results = batch.new_empty(len(padded), *batch.shape[1:])
+            results[i * size : (i + 1) * size] = batch
+        return results[: len(rows)]
 
 def accuracies(scores, labels):
     """(top-1, top-5, mean per class) in percent; scores [n, classes], −∞ for no guess at all; labels [n]."""
@@ -170,18 +185,22 @@ class Data:
     test: torch.Tensor
     classes: int
 
-def split_data(pictures, pixels, sizes, image_size, seed, machine, per_class=0):
+def split_data(pictures, recipe, machine, per_class=0):
     """The readable pictures that have labels; per_class: how many of each class to train on, 0 for all."""
-    labels = torch.tensor(pictures.labels)
-    rows = torch.arange(len(labels)).tensor_split([pictures.train])
-    train, test = (part[(sizes[part, 0] > 0) & (labels[part] >= 0)] for part in rows)
-    if per_class:
-        train = train[torch.randperm(len(train), generator=generator_for(seed, 4))]
-        train = torch.cat([train[labels[train] == label][:per_class] for label in labels[train].unique()])
+    labels, rows = pictures.labels, torch.arange(len(pictures.labels)).tensor_split([pictures.train])
+    train, test = (part[(pictures.sizes[part, 0] > 0) & (labels[part] >= 0)] for part in rows)
     if len(labels[train].unique()) < 2 or len(test) == 0:
-        raise InputError("no readable pictures of two classes to train probes on, or none to test them on")
-    loader = Loader(pixels, sizes, train, min(64, len(train)), image_size, seed, machine)
-    return Data(loader, labels, train, test, len(pictures.classes))
+        where = recipe.data_dir
+        raise InputError(f"{where} has no readable labelled pictures of two classes, to train probes on and to "
+                         f"test. {LAYOUT}")  # fmt: skip
+    if per_class:
+        if per_class > labels[train].bincount().max():
+            raise InputError(f"labels is {per_class}, but no class has so many training pictures")
+        train = train[torch.randperm(len(train), generator=generator_for(recipe.seed, 4))]
+        train = torch.cat([train[labels[train] == label][:per_class] for label in labels[train].unique()])
+    recipe = replace(recipe, batch_size=min(64, len(train)))
+    loader = Loader(pictures, train, recipe, machine, views=1)
+    return Data(loader, labels, train, test, int(labels.max()) + 1)
 
 def train_on_labels(forward, parameters, data, epochs, warmup, what, seed, peak_lr=5e-4):
     """The supervised loop, for probes and whole networks: AdamW and the schedules of pretraining.
@@ -189,26 +208,25 @@ def train_on_labels(forward, parameters, data, epochs, warmup, what, seed, peak_
     forward: views [B, 3, H, H] → logits [B, classes] of each head; losses are added. warmup: share of steps
     """
     torch.manual_seed(seed)
-    loader = data.loader
-    optimizer = make_optimizer(parameters, loader.device)
-    total_steps = epochs * loader.steps_per_epoch
-    batches = tqdm(loader.batches(1, total_steps, views=1), what, total_steps, leave=False, disable=None)
-    for step, (draws, rows, _) in batches:
+    optimizer = make_optimizer(parameters)
+    total_steps = epochs * data.loader.steps_per_epoch
+    for step in tqdm(range(1, total_steps + 1), what, leave=False, disable=None):
+        views, _, rows = data.loader.batch(step)
         set_schedule(optimizer, *schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)[:2])
-        target = data.labels[rows].to(loader.device)
-        losses = [F.cross_entropy(logits, target) for logits in forward(loader.views(*draws))]
+        target = data.loader.to_device(data.labels[rows])
+        losses = [F.cross_entropy(logits, target) for logits in forward(views[0])]
         sum(losses).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-def train_probes(features, data, config, epochs, seed):
+def train_probes(features, data, dim, epochs, seed):
     """Train the three attentive probes together, on the same augmented views of the training pictures."""
     torch.manual_seed(seed)
-    probes = nn.ModuleDict({name: probe(config.dim, data.classes) for name, probe in PROBES.items()})
+    probes = nn.ModuleDict({name: probe(dim, data.classes) for name, probe in PROBES.items()})
     probes.to(features.machine.device)
 
-    def forward(images):
-        tokens = features(images)
+    def forward(views):
+        tokens = features(views)
         # The probes share no weights, so from the sum of their losses each gets the gradient of its own.
         return [probe(tokens) for probe in probes.values()]
 
@@ -218,110 +236,180 @@ def train_probes(features, data, config, epochs, seed):
 @torch.no_grad()
 def score_probes(features, probes, data):
     """{probe: (top-1, top-5, mean per class)} in percent, on the test split."""
-    scores = {name: [] for name in probes}
-    for tokens in features.of_central_views(data.loader, data.test):
-        for name, probe in probes.items():
-            scores[name].append(probe(tokens))
-    return {name: accuracies(torch.cat(parts), data.labels[data.test]) for name, parts in scores.items()}
+    scores = features.of(data.test, "testing", lambda x: torch.stack([p(x) for p in probes.values()], dim=1))
+    return {name: accuracies(scores[:, i], data.labels[data.test]) for i, name in enumerate(probes)}
 
-def evaluate(features, data, config, epochs, seed):
-    """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent."""
-
-    def averages(rows):
-        batches = features.of_central_views(data.loader, rows)
-        batches = tqdm(batches, "extracting features", len(rows.split(64)), leave=False, disable=None)
-        return torch.cat([tokens.mean(1) for tokens in batches])
-
-    train, test = averages(data.train), averages(data.test)
+def evaluate(features, data, dim, epochs, seed):
+    """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent; and the averaged
+    features [n, D] of training and test pictures."""
+    train, test = (features.of(rows, "features", lambda tokens: tokens.mean(1)) for rows in (data.train, data.test))
     labels, truth = data.labels[data.train].to(features.machine.device), data.labels[data.test]
     votes = knn(train, labels, test, data.classes)
     results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
                "linear": accuracies(linear(train, labels, test, data.classes), truth)}  # fmt: skip
     if epochs > 0:
-        results |= score_probes(features, train_probes(features, data, config, epochs, seed), data)
-    return results
+        results |= score_probes(features, train_probes(features, data, dim, epochs, seed), data)
+    return results, train, test
 
-def supervise(encoder, data, config, epochs, recipe, machine):
-    """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining."""
-    torch.manual_seed(recipe["seed"])
-    probe = SimpleProbe(config.dim, data.classes).to(machine.device).train()
+def supervise(encoder, data, recipe, machine):
+    """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining, for
+    as many epochs and at its learning rate."""
+    torch.manual_seed(recipe.seed)
+    probe = SimpleProbe(recipe.dim, data.classes).to(machine.device).train()
     encoder.to(machine.device).requires_grad_(True).train()
     if machine.compile:
         encoder.compile(fullgraph=True)
 
-    def forward(images):
+    def forward(views):
         # In half precision gradients would need scaling, and this is the yardstick: then without.
         with machine.autocast() if machine.dtype == torch.bfloat16 else nullcontext():
-            return [probe(layer_norm(encoder(images))).float()]
+            return [probe(layer_norm(encoder(views))).float()]
 
     parameters = [*encoder.parameters(), *probe.parameters()]
-    train_on_labels(forward, parameters, data, epochs, 40 / 300, "on labels", recipe["seed"], recipe["lr"])
-    return score_probes(Features(encoder, machine), {"simple": probe.eval()}, data)
+    train_on_labels(forward, parameters, data, recipe.epochs, 40 / 300, "on labels", recipe.seed, recipe.lr)
+    return score_probes(Features(encoder, data.loader, machine), {"simple": probe.eval()}, data)
 
-# ---- What the tokens look like -----------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
-def pca_columns(features, images):
-    """Images, their tokens' first three principal components as colours, and these without the background.
+WORDS, INK, COLOURS = ImageFont.load_default(15), "#222222", ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b")
 
-    images [B, 3, H, H] from 0 to 1  →  {title: three of the same}, the paper's figure 1
-    """
-    tokens = features(normalise(images)).cpu()  # [B, N, D]
-    B, N, D = tokens.shape
-    H, grid = images.shape[-1], int(N**0.5)
-    flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)
-    _, _, axes = torch.linalg.svd(flat.double(), full_matrices=False)
-    components = (flat @ axes[:3].T.float()).view(B, grid, grid, 3)
-    # A component's sign is arbitrary. The border of a photograph is mostly background: let that be negative.
-    border = torch.ones(grid, grid, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    if components[:, border, 0].mean() > 0:
-        components[..., 0] *= -1
-    low, high = components.amin((0, 1, 2)), components.amax((0, 1, 2))
-    colours = (components - low) / (high - low)
-    maps = {"components": colours, "foreground": colours * (components[..., :1] > 0)}
-    maps = {title: F.interpolate(m.permute(0, 3, 1, 2), size=(H, H)) for title, m in maps.items()}
-    return {"picture": images} | maps
+def save_grid(path, titles, rows, notes=(), tile=132):
+    """Rows of tiles under titles: rows is {label: images [n, 3, H, H], 0 to 1}, notes a text under each tile of
+    each row."""
+    left, top, line, foot = 150, 26, 18, 20 if notes else 4
+    canvas = Image.new("RGB", (left + len(titles) * (tile + 4), top + len(rows) * (tile + foot)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for x, title in enumerate(titles):
+        pen.text((left + x * (tile + 4), 5), title, INK, WORDS)
+    for y, (label, images) in enumerate(rows.items()):
+        for number, words in enumerate(label.split("\n")):
+            pen.text((6, top + y * (tile + foot) + number * line), words, INK, WORDS)
+        for x, image in enumerate(images.cpu().nan_to_num().clamp(0, 1)):
+            place = left + x * (tile + 4), top + y * (tile + foot)
+            canvas.paste(to_pil_image(image).resize((tile, tile), Image.Resampling.NEAREST), place)
+            if notes:
+                pen.text((place[0], place[1] + tile + 1), notes[y][x], INK, WORDS)
+    write_file(path, partial(canvas.save, format="PNG"))
+
+def round_ticks(low, high):
+    """About five round numbers from low to high."""
+    rough = max(high - low, 1e-9) / 4
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
+    return [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+def save_curves(path, panels, across):
+    """A panel for each {title: {name: (xs, ys)}}, all over the same axis, which has the title `across`. Names in
+    a panel share its scale. A single point is a line from side to side: something to compare with."""
+    left, right, height = 80, 820, 230
+    canvas = Image.new("RGB", (right + 150, height * len(panels) + 30), "white")
+    pen = ImageDraw.Draw(canvas)
+    longest = max(x for lines in panels.values() for xs, _ in lines.values() for x in xs)
+    for number, (title, lines) in enumerate(panels.items()):
+        top, bottom = height * number + 34, height * (number + 1) - 22
+        values = [y for _, ys in lines.values() for y in ys if math.isfinite(y)] or [0]
+        margin = max(0.05 * (max(values) - min(values)), 1e-6)
+        low, high = min(values) - margin, max(values) + margin
+        pen.text((left, top - 24), title, INK, WORDS)
+        for y in round_ticks(low, high):
+            at = np.interp(y, (low, high), (bottom, top))
+            pen.line((left, at, right, at), "#dddddd")
+            pen.text((left - 8, at), f"{y:.4g}", INK, WORDS, anchor="rm")
+        for x in round_ticks(0, longest):
+            at = np.interp(x, (0, longest), (left, right))
+            pen.line((at, top, at, bottom), "#dddddd")
+            pen.text((at, bottom + 4), f"{x:,.0f}", INK, WORDS, anchor="mt")
+        for (name, (xs, ys)), colour in zip(lines.items(), COLOURS):
+            across_ys = np.interp(ys, (low, high), (bottom, top))
+            points = list(zip(np.interp(xs, (0, longest), (left, right)), across_ys))
+            points = points if len(points) > 1 else [(x, across_ys[0]) for x in (left, right)]
+            pen.line(points, colour, 3 if len(xs) > 1 else 1)
+            pen.text((right + 8, points[-1][1]), name, colour, WORDS, anchor="lm")
+    pen.text((right, height * len(panels) + 8), across, INK, WORDS, anchor="rt")
+    write_file(path, partial(canvas.save, format="PNG"))
+
+def enlarged(visible, side):
+    """A mask [B, N] in pixels: bool [B, 1, side, side]."""
+    grid = math.isqrt(visible.shape[1])
+    return F.interpolate(visible.view(-1, 1, grid, grid).float(), size=(side, side)) > 0.5
+
+def draw_views(path, loader, step):
+    """What a step of training saw: both views of six pictures, and what of the first is visible."""
+    views, visible, _ = loader.batch(max(1, step))
+    first, second = views[:, :6] * loader.std + loader.mean  # [6, 3, H, H] each, from 0 to 1
+    stripes = torch.arange(first.shape[-1], device=loader.device)
+    hatched = ((stripes[:, None] + stripes) % 8 < 2) * 0.4 + 0.6  # no picture looks like that
+    seen = torch.where(enlarged(visible[:6], first.shape[-1]), first, hatched)
+    rows = {"view 1": first, "what the context\nencoder sees of it": seen, "view 2: the target\nencoder sees all": second}
+    save_grid(path, [""] * len(first), rows)
+
+def draw_components(path, loader, features, images):
+    """The first three principal components of the tokens as red, green and blue: the paper's figure 1."""
+    rows = {"picture": images}
+    for name, encode in features.items():
+        tokens = encode(loader.normalise(images, loader.mean, loader.std)).cpu()  # [B, N, D]
+        flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)
+        axes = torch.linalg.svd(flat.double(), full_matrices=False)[2][:3].float()
+        colours = (flat @ axes.T).unflatten(0, tokens.shape[:2])  # [B, N, 3]
+        low, high = colours.amin((0, 1)), colours.amax((0, 1))
+        grid = math.isqrt(tokens.shape[1])
+        rows[f"tokens of the\n{name} encoder"] = ((colours - low) / (high - low)).mT.unflatten(2, (grid, grid))
+    save_grid(path, [""] * len(images), rows)
+
+def draw_neighbours(path, loader, data, averages):
+    """Three test pictures, each with its five nearest training pictures by the features of each encoder.
+    averages: {encoder: (training features [n, D], test features)}"""
+    rows, notes = {}, []
+    for i in torch.linspace(0, len(data.test) - 1, 3).long().tolist():
+        for name, (train, test) in averages.items():
+            likeness = F.normalize(train, dim=1) @ F.normalize(test[i], dim=0)
+            nearest = data.train[likeness.topk(min(5, len(train))).indices.cpu()]
+            rows[f"{name}{' ' * len(rows)}"] = central_views(loader, torch.cat([data.test[i, None], nearest]))
+            right = data.labels[nearest] == data.labels[data.test[i]]
+            notes.append([""] + ["right" if same else "WRONG class" for same in right])
+    save_grid(path, ["test picture", "nearest", "second", "third", "fourth", "fifth"], rows, notes)
 
 @torch.no_grad()
-def leak_columns(tokenizer, images, visible):
-    """What a mask is worth: an image, its visible part, and how active each layer is at each place, twice.
-
-    Upper row: the masked convolutions. Lower row: the same convolutions and pools without the mask, on the
-    same visible part. images [B, 3, H, H] from 0 to 1, visible bool [B, N]  →  {title: [2B, 3, H, H]}, six
-    """
-    H, grid = images.shape[-1], int(visible.shape[1] ** 0.5)
-    cells = visible.view(-1, 1, grid, grid)
-    rows = []
-    for mask in (cells, None):
-        x, maps = hide(normalise(images), cells), [images, hide(images, cells)]
+def draw_leak(path, tokenizer, loader, image, visible):
+    """How a hole fills: image [1, 3, H, H], visible [1, N], and where each layer of the tokenizer is active,
+    masked again after every layer and masked once. Grey: seen, the darker the more active; orange: made up, in
+    a hidden place, with the share of hidden places where that is so."""
+    side, grid = image.shape[-1], math.isqrt(visible.shape[1])
+    cells, seen = visible.view(1, 1, grid, grid), enlarged(visible, side)
+    edges = F.max_pool2d(seen.float(), 3, 1, 1).bool() & ~seen  # the hole's rim, which is outlined
+    rows, notes = {}, []
+    for label, mask in (("masked again after\nevery layer", cells), ("masked once,\nbefore the first", None)):
+        x, tiles, texts = hide(loader.normalise(image, loader.mean, loader.std), cells), [image, image * seen + ~seen], ["", ""]
         for layer in (tokenizer.conv1, tokenizer.pool1, tokenizer.conv2, tokenizer.pool2):
             x = layer(x, mask)
             x = x.relu() if layer in (tokenizer.conv1, tokenizer.conv2) else x
-            activity = x.abs().mean(1, keepdim=True).sqrt()  # the root, for faint traces to show
-            activity = activity / activity.amax((1, 2, 3), keepdim=True)
-            maps.append(F.interpolate(activity, size=(H, H)).expand(-1, 3, -1, -1))
-        rows.append(maps)
-    titles = "picture", "visible", "conv 1", "pool 1", "conv 2", "pool 2"
-    return {title: torch.stack(pair, dim=1).flatten(0, 1) for title, *pair in zip(titles, *rows)}
+            active = x.abs().mean(1, keepdim=True)
+            hole = ~enlarged(visible, active.shape[-1])
+            texts.append(f"{(active[hole] > 0).float().mean():.0%} of the hole")
+            shade = 1 - F.interpolate((active / active.max()).sqrt(), size=(side, side))
+            made_up = F.interpolate((active > 0).float(), size=(side, side)).bool() & ~seen
+            orange = torch.tensor([1.0, 0.55, 0.1], device=image.device).view(1, 3, 1, 1)
+            tiles.append(torch.where(made_up, orange, torch.where(seen, shade, 1.0)))
+        rows[label] = torch.cat([torch.where(edges, 0.0, tile) for tile in tiles])
+        notes.append(texts)
+    save_grid(path, ["picture", "what is seen", "convolution 1", "pool 1", "convolution 2", "pool 2"], rows, notes)
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
 def read_arguments(argv):
     parser = Parser(prog="eval.py", description="Probe a frozen encoder, and the same encoder untrained.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="such as runs/pets/ckpt.pt")
-    parser.add_argument("--dataset", choices=RECIPES, help="probe on this (default: what it was trained on)")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="such as runs/pets/ckpt.pt, or a pattern")
+    parser.add_argument("--dataset", help="probe on this (default: what it was trained on)")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
-    parser.add_argument("--epochs", type=int, help="of the attentive probes, 0: none (default: the recipe's)")
-    parser.add_argument("--labels", type=int, default=0, help="labelled pictures per class; 0: all (0)")
-    parser.add_argument("--from-scratch", action="store_true", help="also train on the labels alone")
-    parser.add_argument("--finetune", action="store_true", help="also train on from the checkpoint by labels")
-    parser.add_argument("--no-baseline", action="store_true", help="skip the untrained encoder")
-    parser.add_argument("--no-pca", action="store_true", help="skip the pictures pca.png and leak.png")
+    parser.add_argument("--epochs", type=at_least(0), default=None, help="of the attentive probes (the recipe's)")
+    parser.add_argument("--labels", type=at_least(0), default=0, help="labelled pictures per class; 0: all (0)")
+    off = dict(action="store_true", default=False)
+    parser.add_argument("--from-scratch", help="also train on the labels alone", **off)
+    parser.add_argument("--finetune", help="also train on from the checkpoint by labels", **off)
+    parser.add_argument("--no-baseline", help="skip the untrained encoder", **off)
+    parser.add_argument("--no-pca", help="draw no pictures", **off)
     args = parser.parse_args(argv)
-    for name in ("epochs", "labels"):
-        if (getattr(args, name) or 0) < 0:
-            raise InputError(f"{name} is {getattr(args, name)}, it must be 0 or more")
-    return args
+    return args, {name: value for name, value in vars(args).items() if name in ("dataset", *PLACES)}
 
 def print_table(results, text):
     """A line for each probe and encoder; `text(figures)` makes the three columns."""
@@ -341,78 +429,105 @@ def several_runs(figures):
     std, mean = torch.std_mean(torch.tensor(figures), dim=0)
     return "".join(f"{f'{m:.1f} ± {s:.1f}':>15}" for m, s in zip(mean.tolist(), std.tolist()))
 
-def probe_checkpoint(path, args, machine):
-    """All about one checkpoint: table, eval.json, pictures.  → (step, {encoder: {probe: figures}})"""
+def choose_data(recipe, given):
+    """The recipe of the pictures to probe on: the run's own, elsewhere perhaps, or another data set."""
+    elsewhere = "data_dir" in given and recipe.dataset == "critters"
+    if given.get("dataset", recipe.dataset) == recipe.dataset and not elsewhere:
+        return replace(recipe, **given)
+    own = "image_size", "mask_ratio", "masking", "seed"
+    return replace(default_recipe(given), **{name: getattr(recipe, name) for name in own})
+
+def draw_run(place, saved, loader, features):
+    """The pictures of a run that need no labels. place("pca.png"): where that one belongs."""
+    recipe, rows, generator = loader.recipe, loader.rows, generator_for(loader.recipe.seed, 5)
+    epochs, columns = [row["epoch"] for row in saved["history"]], ("loss", "target_std", "learning_rate")
+    if epochs:
+        curves = {name: {name: (epochs, [row[name] for row in saved["history"]])} for name in columns}
+        save_curves(place("curves.png"), curves, "epochs")
+    draw_views(place("views.png"), loader, saved["step"])
+    test = rows[rows >= loader.pictures.train % len(loader.pictures.labels)]  # all, if there is no test split
+    images = central_views(loader, test[torch.randperm(len(test), generator=generator)[:6]])
+    draw_components(place("pca.png"), loader, features, images)
+    encoder = features["trained"].encoder
+    if encoder.config.tokenizer != "patch":
+        visible = sample_masks(1, recipe.image_size // PATCH, recipe.mask_ratio, recipe.masking, generator)
+        draw_leak(place("leak.png"), encoder.tokenizer, loader, images[:1], loader.to_device(visible))
+
+def probe_checkpoint(path, args, given, machine):
+    """All about one checkpoint: table, eval.json, pictures.  → its history, {encoder: {probe: figures}}"""
     torch.compiler.reset()  # of the graphs of other checkpoints only a few would be kept
-    saved = load_checkpoint(path)
-    config, recipe = check_recipe(saved.get("recipe")), saved["recipe"]
-    trained, seed = load_encoder(saved, args.encoder), recipe["seed"]
-    dataset, same = args.dataset or recipe["dataset"], args.dataset in (None, recipe["dataset"])
-    data_dir = (recipe["data_dir"] if same else "data") if args.data_dir is None else args.data_dir
-    recipe = recipe | {"skip_bad_images": args.skip_bad_images or recipe["skip_bad_images"]}
-    epochs = recipe["probe_epochs"] if args.epochs is None else args.epochs
-    folder, tag = Path(path).parent, Path(path).stem.removeprefix("ckpt")  # ckpt-0005.pt: eval-0005.json
-    if not writable(folder):
-        raise InputError(f"cannot write to {folder}: copy the checkpoint to where you can")
-    pictures = list_pictures(dataset, data_dir, recipe["pictures"] if same else RECIPES[dataset]["pictures"])
-    if len(pictures.classes) < 2 or pictures.train == len(pictures.items):
-        need = "labelled pictures of two classes or more, in train/<class>/… and test/<class>/…"
-        raise InputError(f"{data_dir} is not enough for probes, which need {need}")
-    pixels, sizes = load_pixels(pictures, dataset, data_dir, folder, recipe)
-    data = split_data(pictures, pixels, sizes, config.image_size, seed, machine, args.labels)
-    counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
-    print(f"{dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
+    saved, written = load_checkpoint(path), []
+    recipe, trained = Recipe(**saved["recipe"]), load_encoder(saved, args.encoder)
+    source = choose_data(recipe, given)
+    pictures = load_pictures(source, cache_folder(source), machine.device)
+    epochs = recipe.probe_epochs if args.epochs is None else args.epochs
+    tag = Path(path).stem.removeprefix("ckpt")  # of ckpt-0005.pt the table is eval-0005.json
+
+    def place(name):
+        written.append(Path(path).with_name(f"{Path(name).stem}{tag}{Path(name).suffix}"))
+        return written[-1]
 
     def untrained():
-        torch.manual_seed(seed)  # what train.py starts from: this is the encoder of step 0
-        return MIMJEPA(config).context_encoder
+        torch.manual_seed(recipe.seed)  # what train.py starts from: this is the encoder of step 0
+        return MIMJEPA(recipe).context_encoder
+
+    def report():
+        """Called after each long part: if the next one is stopped, this much is there."""
+        print_table(results, one_run)
+        about = dict(checkpoint=str(path), encoder=args.encoder, step=saved["step"], dataset=source.dataset,
+                     labels=args.labels, probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"])
+        content = json.dumps(about | {"results": results}, indent=1).encode()
+        write_file(place("eval.json"), lambda file: file.write(content))
 
     encoders = {"trained": trained} if args.no_baseline else {"trained": trained, "untrained": untrained()}
-    features = {name: Features(encoder, machine) for name, encoder in encoders.items()}
-    results = {name: evaluate(f, data, config, epochs, seed) for name, f in features.items()}
-    settings = data, config, recipe["epochs"], recipe, machine  # as many epochs as pretraining had
-    if args.from_scratch:
-        results["from scratch"] = supervise(untrained(), *settings)
-    if args.finetune:
-        results["fine-tuned"] = supervise(load_encoder(saved, args.encoder), *settings)
-    print_table(results, one_run)
-
-    report = dict(
-        checkpoint=path, encoder=args.encoder, step=saved["step"], dataset=dataset, labels=args.labels,
-        probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"], results=results,
-    )  # fmt: skip
-    written = [folder / f"eval{tag}.json"]
-    write_whole(written[0], lambda file: file.write(json.dumps(report, indent=1).encode()))
+    readable = (pictures.sizes[:, 0] > 0).nonzero().squeeze(1)
+    loader = Loader(pictures, readable, replace(source, batch_size=min(64, len(readable))), machine)
+    features = {name: Features(encoder, loader, machine) for name, encoder in encoders.items()}
     if not args.no_pca:
-        generator = generator_for(seed, 5)
-        rows = data.test[torch.randperm(len(data.test), generator=generator)[:6]]
-        images = central_views(data.loader, rows)
-        written.append(folder / f"pca{tag}.png")
-        save_grid(written[-1], pca_columns(features["trained"], images))
-        if config.tokenizer != "patch":
-            visible = sample_masks(len(images[:2]), config.grid, config.mask_ratio, config.masking, generator)
-            written.append(folder / f"leak{tag}.png")
-            save_grid(written[-1], leak_columns(trained.tokenizer, images[:2], visible.to(machine.device)))
-    print(f"\nwrote {', '.join(map(str, written))}")
-    return saved["step"], results
+        draw_run(place, saved, loader, features)
+    data = split_data(pictures, source, machine, args.labels)
+    print(f"{source.dataset}: {len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} "
+          f"classes; {args.encoder} encoder of {path} at step {saved['step']:,}")  # fmt: skip
+    results, averages = {}, {}
+    for name, encode in features.items():
+        results[name], *averages[name] = evaluate(encode, data, recipe.dim, epochs, recipe.seed)
+    if not args.no_pca:
+        draw_neighbours(place("neighbours.png"), loader, data, averages)
+    report()
+    if args.from_scratch:
+        results["from scratch"] = supervise(untrained(), data, recipe, machine)
+        report()
+    if args.finetune:
+        results["fine-tuned"] = supervise(load_encoder(saved, args.encoder), data, recipe, machine)
+        report()
+    print(f"\nwrote {', '.join(map(str, dict.fromkeys(written)))}")
+    return saved["history"], results
 
-def main(argv=None):
-    args = read_arguments(argv)
-    machine, runs = setup(args), {}  # by folder: {step: results}
-    for path in {Path(path).resolve(): path for path in args.checkpoints}.values():
-        step, results = probe_checkpoint(path, args, machine)
-        runs.setdefault(Path(path).parent.resolve(), {})[step] = results
+def draw_course(path, times):
+    """How a run's probes fare as it goes on, below its loss. times: {epoch: (history, results)}"""
+    history, last = times[max(times)]
+    curves = {probe: (sorted(times), [times[t][1]["trained"][probe][0] for t in sorted(times)]) for probe in last["trained"]}
+    start = {f"{probe}, untrained": ([0], [figures[0]]) for probe, figures in last.get("untrained", {}).items()}
+    loss = [row["epoch"] for row in history], [row["loss"] for row in history]
+    save_curves(path, {"loss": {"loss": loss}, "accuracy, top-1 in %": curves | start}, "epochs")
+    print(f"wrote {path}")
+
+def main(argv=None, stop=None):
+    """Probe as the command line says. Returns the exit status, 0."""
+    args, given = read_arguments(argv)
+    machine, runs, paths = choose_machine(args), {}, []  # by folder: {epoch: (history, results)}
+    for pattern in map(os.path.expanduser, args.checkpoints):  # not every shell expands runs/a/ckpt*.pt
+        paths += [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) or [pattern]
+    for path in {Path(path).resolve(): path for path in paths}.values():
+        history, results = probe_checkpoint(path, args, given, machine)
+        epoch = history[-1]["epoch"] if history else 0
+        runs.setdefault(Path(path).resolve().parent, {})[epoch] = history, results
     for folder, times in runs.items():
-        if len(times) > 1:  # how the probes of a run fare as it goes on, from what training started from
-            start = {} if args.no_baseline else {0: {"trained": next(iter(times.values()))["untrained"]}}
-            steps = sorted(start | times)
-            series = [(start | times)[step]["trained"] for step in steps]
-            curves = {f"{probe}, top-1 in %": [row[probe][0] for row in series] for probe in series[0]}
-            draw_curves(folder / "probes.png", steps, curves)
-            print(f"wrote {folder / 'probes.png'}")
+        if len(times) > 1:
+            draw_course(folder / "probes.png", times)
     if len(runs) > 1:
         print(f"\nmean ± standard deviation of {len(runs)} runs, each at its last checkpoint")
-        last = [times[max(times)] for times in runs.values()]
+        last = [times[max(times)][1] for times in runs.values()]
         print_table({e: {p: [run[e][p] for run in last] for p in last[0][e]} for e in last[0]}, several_runs)
     return 0
 

@@ -28,13 +28,12 @@ Letters used for sizes:
 import math
 import random
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.ops import StochasticDepth
 
 PATCH = 16  # pixels along the side of the cell that one token stands for
@@ -66,22 +65,26 @@ class Config:
     masking: str = "block"  # "block": the visible part is made of rectangles; "random": of single tokens
 
     def __post_init__(self):
-        def require(name, holds, must_be):
-            if not holds:
-                raise InputError(f"{name} is {getattr(self, name)!r}, it must be {must_be}")
-
-        for name in ("image_size", "dim", "depth", "heads", "predictor_depth"):
-            value = getattr(self, name)
-            require(name, type(value) is int and 1 <= value <= 8192, "a whole number from 1 to 8192")
-        for name in ("dropout", "attention_dropout", "drop_path", "mask_ratio"):
-            value = getattr(self, name)
-            require(name, type(value) in (int, float) and 0 <= value < 1, "at least 0 and less than 1")
-        require("image_size", self.grid >= 2 and self.image_size % PATCH == 0, "a multiple of 16 from 32 up")
-        require("dim", self.dim % math.lcm(4, self.heads) == 0, f"divisible by 4 and by heads ({self.heads})")
-        require("tokenizer", self.tokenizer in ("scott", "dense", "patch"), "'scott', 'dense' or 'patch'")
-        require("masking", self.masking in ("block", "random"), "'block' or 'random'")
+        for field in fields(self):  # an int is good enough where a float is expected, and nothing else is
+            value, kind = getattr(self, field.name), type(field.default)
+            self.require(field.name, type(value) in (kind, int if kind is float else kind), f"{kind.__name__}")
+        self.between(1, 8192, "depth", "heads", "predictor_depth")
+        self.between(0, 0.999, "dropout", "attention_dropout", "drop_path", "mask_ratio")
+        self.require("image_size", self.image_size in range(32, 8193, PATCH), "a multiple of 16 from 32 up")
+        fits = self.dim in range(0, 8193, math.lcm(4, self.heads)) and self.dim > 0
+        self.require("dim", fits, f"divisible by 4 and by heads ({self.heads})")
+        self.require("tokenizer", self.tokenizer in ("scott", "dense", "patch"), "scott, dense or patch")
+        self.require("masking", self.masking in ("block", "random"), "block or random")
         hidden = self.tokens - count_visible(self.tokens, self.mask_ratio)
-        require("mask_ratio", hidden >= 1, f"large enough to hide one of {self.tokens} tokens")
+        self.require("mask_ratio", hidden >= 1, f"large enough to hide one of {self.tokens} tokens")
+
+    def require(self, name, holds, must_be):
+        if not holds:
+            raise InputError(f"{name} is {getattr(self, name)!r}, it must be {must_be}")
+
+    def between(self, least, most, *names):
+        for name in names:
+            self.require(name, least <= getattr(self, name) <= most, f"from {least} to {most}")
 
     @property
     def grid(self):  # g, tokens along a side of the image
@@ -167,6 +170,14 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x, visible=None):
         return hide(super().forward(x), visible)
 
+def max_pool(x):
+    """The maximum of each 2×2 window, with stride 1.  [B, C, S, S] → [B, C, S-1, S-1]"""
+    if x.requires_grad or x.device.type != "cpu":
+        return F.max_pool2d(x, kernel_size=2, stride=1)
+    # The same, on a CPU many times as fast; with a gradient it would be slower.
+    x = torch.maximum(x[:, :, 1:], x[:, :, :-1])
+    return torch.maximum(x[:, :, :, 1:], x[:, :, :, :-1])
+
 class MaskedMaxBlurPool(nn.Module):
     """Halve a feature map: the maximum of each 2×2 window, then a blur, then drop every second pixel.
 
@@ -178,11 +189,7 @@ class MaskedMaxBlurPool(nn.Module):
     """
 
     def forward(self, x, visible=None):
-        if x.requires_grad or x.device.type != "cpu":
-            x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
-        else:  # the same, on a CPU many times as fast; with a gradient it would be slower
-            x = torch.maximum(x[:, :, 1:], x[:, :, :-1])
-            x = torch.maximum(x[:, :, :, 1:], x[:, :, :, :-1])
+        x = max_pool(x)  # [B, C, S-1, S-1]
         x = F.avg_pool2d(x, kernel_size=2, stride=1, padding=1)  # [B, C, S, S], zeros beyond the border
         x = F.avg_pool2d(x, kernel_size=2)  # [B, C, S/2, S/2]
         return hide(x, visible)
@@ -212,8 +219,8 @@ class Tokenizer(nn.Module):
             self.conv2, self.pool2 = MaskedConv2d(64, config.dim), MaskedMaxBlurPool()
 
     def forward(self, images, visible=None):
-        B, C, H, W = images.shape if images.dim() == 4 else (0, 0, 0, 0)
-        if C != 3 or H != W or H % PATCH or H < 2 * PATCH:
+        B, H = len(images), images.shape[-1]
+        if images.shape != (B, 3, H, H) or H % PATCH or H < 2 * PATCH:
             raise InputError(f"images are {tuple(images.shape)}, they must be [B, 3, H, H], H = 32, 48, 64 …")
         grid = H // PATCH
         if visible is not None and (visible.shape != (B, grid**2) or visible.dtype != torch.bool):
@@ -341,6 +348,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.tokenizer = Tokenizer(config)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
         # As good as zero: at first a hidden place only says where it is. The rest is learned.
@@ -452,14 +460,15 @@ class MIMJEPA(nn.Module):
         loss = jepa_loss(self.predictor(context), target, visible)
         return (loss, target) if return_target else loss
 
+    @torch.no_grad()
     def update_target(self, momentum):
         """After each optimiser step, for all parameters: target ← m · target + (1 − m) · context."""
         targets, contexts = list(self.target_encoder.parameters()), list(self.context_encoder.parameters())
-        get_ema_multi_avg_fn(momentum)(targets, contexts, None)  # each target.lerp_(context, 1 − m), at once
+        torch._foreach_lerp_(targets, contexts, 1 - momentum)  # target.lerp_(context, 1 − m), for all at once
 
 # ---- Using a trained encoder -------------------------------------------------------------------------------
 
-FORMAT = "scott-mim-jepa 1"  # what a checkpoint of this code says it is
+FORMAT = "scott-mim-jepa 2"  # what a checkpoint of this code says it is
 
 def load_checkpoint(path):
     """Read what train.py saved: a dict of tensors and plain types. InputError if it is anything else."""
@@ -474,7 +483,7 @@ def load_checkpoint(path):
     except Exception:  # a damaged file can lead the unpickler to any error
         raise InputError(f"{path} is damaged, or not a checkpoint of train.py") from None
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
-    if not known or type(checkpoint.get("step")) is not int:
+    if not known or type(checkpoint.get("step")) is not int or type(checkpoint.get("recipe")) is not dict:
         raise InputError(f"{path} is not a checkpoint of this version of train.py")
     return checkpoint
 
@@ -488,7 +497,7 @@ def load_encoder(checkpoint, which="context", device="cpu"):
     saved = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     prefix = f"{which}_encoder."
     try:
-        encoder = Encoder(Config(**saved["config"]))
+        encoder = Encoder(Config(**{field.name: saved["recipe"][field.name] for field in fields(Config)}))
         weights = {n.removeprefix(prefix): w for n, w in saved["model"].items() if n.startswith(prefix)}
         encoder.load_state_dict(weights)
         if not all(weight.isfinite().all() for weight in weights.values()):
