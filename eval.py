@@ -19,8 +19,9 @@ import glob
 import json
 import math
 import os
+from collections import namedtuple
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from tqdm import tqdm
 
 from scott import MIMJEPA, PATCH, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
-from train import LAYOUT, PLACES, Loader, Parser, Recipe, at_least, cache_folder, choose_machine
-from train import default_recipe, generator_for, load_pictures, make_optimizer, run, schedules, set_schedule
+from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine, default_recipe
+from train import generator_for, load_pictures, make_optimizer, natural, run, schedules, set_schedule
 from train import write_file
 
 # ---- Attentive probes: tokens [B, N, D] → logits [B, classes] ----------------------------------------------
@@ -175,15 +176,9 @@ def linear(train, train_labels, test, classes, decay=1e-3):
     optimizer.step(loss)
     return F.linear(test, weight[:, :-1], weight[:, -1]).detach()
 
-@dataclass
-class Data:
-    """The pictures that probes are trained and tested on."""
-
-    loader: Loader  # of the training rows
-    labels: torch.Tensor  # long [n], of all pictures
-    train: torch.Tensor  # rows, long
-    test: torch.Tensor
-    classes: int
+# What probes are trained and tested on: a Loader of the training rows, labels [n] of all pictures, training
+# and test rows, the number of classes.
+Data = namedtuple("Data", "loader labels train test classes")
 
 def split_data(pictures, recipe, machine, per_class=0):
     """The readable pictures that have labels; per_class: how many of each class to train on, 0 for all."""
@@ -242,7 +237,7 @@ def score_probes(features, probes, data):
 def evaluate(features, data, dim, epochs, seed):
     """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent; and the averaged
     features [n, D] of training and test pictures."""
-    train, test = (features.of(rows, "features", lambda tokens: tokens.mean(1)) for rows in (data.train, data.test))
+    train, test = (features.of(rows, "features", lambda x: x.mean(1)) for rows in (data.train, data.test))
     labels, truth = data.labels[data.train].to(features.machine.device), data.labels[data.test]
     votes = knn(train, labels, test, data.classes)
     results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
@@ -271,11 +266,11 @@ def supervise(encoder, data, recipe, machine):
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
 
-WORDS, INK, COLOURS = ImageFont.load_default(15), "#222222", ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b")
+WORDS, INK = ImageFont.load_default(15), "#222222"
+COLOURS = "#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b"
 
 def save_grid(path, titles, rows, notes=(), tile=132):
-    """Rows of tiles under titles: rows is {label: images [n, 3, H, H], 0 to 1}, notes a text under each tile of
-    each row."""
+    """Rows of tiles under titles: rows is {label: images [n, 3, H, H], 0 to 1}; notes: a text under each."""
     left, top, line, foot = 150, 26, 18, 20 if notes else 4
     canvas = Image.new("RGB", (left + len(titles) * (tile + 4), top + len(rows) * (tile + foot)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -299,8 +294,8 @@ def round_ticks(low, high):
     return [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 def save_curves(path, panels, across):
-    """A panel for each {title: {name: (xs, ys)}}, all over the same axis, which has the title `across`. Names in
-    a panel share its scale. A single point is a line from side to side: something to compare with."""
+    """A panel for each {title: {name: (xs, ys)}}, over the same axis from 0 on, with the title `across`. A
+    single point is drawn as a line from side to side: something to compare with."""
     left, right, height = 80, 820, 230
     canvas = Image.new("RGB", (right + 150, height * len(panels) + 30), "white")
     pen = ImageDraw.Draw(canvas)
@@ -340,8 +335,8 @@ def draw_views(path, loader, step):
     stripes = torch.arange(first.shape[-1], device=loader.device)
     hatched = ((stripes[:, None] + stripes) % 8 < 2) * 0.4 + 0.6  # no picture looks like that
     seen = torch.where(enlarged(visible[:6], first.shape[-1]), first, hatched)
-    rows = {"view 1": first, "what the context\nencoder sees of it": seen, "view 2: the target\nencoder sees all": second}
-    save_grid(path, [""] * len(first), rows)
+    names = "view 1", "what the context\nencoder sees of it", "view 2: the target\nencoder sees all"
+    save_grid(path, [""] * len(first), dict(zip(names, (first, seen, second))))
 
 def draw_components(path, loader, features, images):
     """The first three principal components of the tokens as red, green and blue: the paper's figure 1."""
@@ -353,7 +348,8 @@ def draw_components(path, loader, features, images):
         colours = (flat @ axes.T).unflatten(0, tokens.shape[:2])  # [B, N, 3]
         low, high = colours.amin((0, 1)), colours.amax((0, 1))
         grid = math.isqrt(tokens.shape[1])
-        rows[f"tokens of the\n{name} encoder"] = ((colours - low) / (high - low)).mT.unflatten(2, (grid, grid))
+        shades = ((colours - low) / (high - low)).mT  # [B, 3, N]
+        rows[f"tokens of the\n{name} encoder"] = shades.unflatten(2, (grid, grid))
     save_grid(path, [""] * len(images), rows)
 
 def draw_neighbours(path, loader, data, averages):
@@ -364,7 +360,8 @@ def draw_neighbours(path, loader, data, averages):
         for name, (train, test) in averages.items():
             likeness = F.normalize(train, dim=1) @ F.normalize(test[i], dim=0)
             nearest = data.train[likeness.topk(min(5, len(train))).indices.cpu()]
-            rows[f"{name}{' ' * len(rows)}"] = central_views(loader, torch.cat([data.test[i, None], nearest]))
+            shown = torch.cat([data.test[i, None], nearest])
+            rows[f"{name}\nencoder{' ' * len(rows)}"] = central_views(loader, shown)
             right = data.labels[nearest] == data.labels[data.test[i]]
             notes.append([""] + ["right" if same else "WRONG class" for same in right])
     save_grid(path, ["test picture", "nearest", "second", "third", "fourth", "fifth"], rows, notes)
@@ -379,7 +376,8 @@ def draw_leak(path, tokenizer, loader, image, visible):
     edges = F.max_pool2d(seen.float(), 3, 1, 1).bool() & ~seen  # the hole's rim, which is outlined
     rows, notes = {}, []
     for label, mask in (("masked again after\nevery layer", cells), ("masked once,\nbefore the first", None)):
-        x, tiles, texts = hide(loader.normalise(image, loader.mean, loader.std), cells), [image, image * seen + ~seen], ["", ""]
+        x = hide(loader.normalise(image, loader.mean, loader.std), cells)
+        tiles, texts = [image, torch.where(seen, image, 1.0)], ["", ""]
         for layer in (tokenizer.conv1, tokenizer.pool1, tokenizer.conv2, tokenizer.pool2):
             x = layer(x, mask)
             x = x.relu() if layer in (tokenizer.conv1, tokenizer.conv2) else x
@@ -392,17 +390,18 @@ def draw_leak(path, tokenizer, loader, image, visible):
             tiles.append(torch.where(made_up, orange, torch.where(seen, shade, 1.0)))
         rows[label] = torch.cat([torch.where(edges, 0.0, tile) for tile in tiles])
         notes.append(texts)
-    save_grid(path, ["picture", "what is seen", "convolution 1", "pool 1", "convolution 2", "pool 2"], rows, notes)
+    titles = "picture", "what is seen", "convolution 1", "pool 1", "convolution 2", "pool 2"
+    save_grid(path, titles, rows, notes)
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
 def read_arguments(argv):
     parser = Parser(prog="eval.py", description="Probe a frozen encoder, and the same encoder untrained.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="such as runs/pets/ckpt.pt, or a pattern")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="file, or pattern with *")
     parser.add_argument("--dataset", help="probe on this (default: what it was trained on)")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
-    parser.add_argument("--epochs", type=at_least(0), default=None, help="of the attentive probes (the recipe's)")
-    parser.add_argument("--labels", type=at_least(0), default=0, help="labelled pictures per class; 0: all (0)")
+    parser.add_argument("--epochs", type=natural, default=None, help="of attentive probes (the recipe's)")
+    parser.add_argument("--labels", type=natural, default=0, help="labelled pictures per class; 0: all (0)")
     off = dict(action="store_true", default=False)
     parser.add_argument("--from-scratch", help="also train on the labels alone", **off)
     parser.add_argument("--finetune", help="also train on from the checkpoint by labels", **off)
@@ -411,23 +410,16 @@ def read_arguments(argv):
     args = parser.parse_args(argv)
     return args, {name: value for name, value in vars(args).items() if name in ("dataset", *PLACES)}
 
-def print_table(results, text):
-    """A line for each probe and encoder; `text(figures)` makes the three columns."""
-    print(f"\n{'probe':12}{'encoder':14}{text(('top-1', 'top-5', 'per class'))}   (%, test split)")
+def print_table(results):
+    """A line for each probe and encoder. A figure is a number, or a list of them, one for each run: then their
+    mean and standard deviation are shown."""
+    print(f"\n{'probe':12}{'encoder':14}{'top-1':>15}{'top-5':>15}{'per class':>15}   (%, test split)")
     for probe in ("k-NN", "linear", *PROBES):
         for encoder, figures in results.items():
             if probe in figures:
-                print(f"{probe:12}{encoder:14}{text(figures[probe])}")
-
-def one_run(figures):
-    return "".join(f"{value:>11}" if isinstance(value, str) else f"{value:11.1f}" for value in figures)
-
-def several_runs(figures):
-    """Columns of mean ± standard deviation; figures: one row of three for each run."""
-    if isinstance(figures[0], str):
-        return "".join(f"{value:>15}" for value in figures)
-    std, mean = torch.std_mean(torch.tensor(figures), dim=0)
-    return "".join(f"{f'{m:.1f} ± {s:.1f}':>15}" for m, s in zip(mean.tolist(), std.tolist()))
+                texts = [f"{np.mean(f):.1f}" + (f" ± {np.std(f, ddof=1):.1f}" if np.size(f) > 1 else "")
+                         for f in figures[probe]]  # fmt: skip
+                print(f"{probe:12}{encoder:14}" + "".join(f"{text:>15}" for text in texts))
 
 def choose_data(recipe, given):
     """The recipe of the pictures to probe on: the run's own, elsewhere perhaps, or another data set."""
@@ -473,11 +465,11 @@ def probe_checkpoint(path, args, given, machine):
 
     def report():
         """Called after each long part: if the next one is stopped, this much is there."""
-        print_table(results, one_run)
+        print_table(results)
         about = dict(checkpoint=str(path), encoder=args.encoder, step=saved["step"], dataset=source.dataset,
-                     labels=args.labels, probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"])
-        content = json.dumps(about | {"results": results}, indent=1).encode()
-        write_file(place("eval.json"), lambda file: file.write(content))
+                     labels=args.labels, probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"],
+                     results=results)  # fmt: skip
+        write_file(place("eval.json"), lambda file: file.write(json.dumps(about, indent=1).encode()))
 
     encoders = {"trained": trained} if args.no_baseline else {"trained": trained, "untrained": untrained()}
     readable = (pictures.sizes[:, 0] > 0).nonzero().squeeze(1)
@@ -486,8 +478,8 @@ def probe_checkpoint(path, args, given, machine):
     if not args.no_pca:
         draw_run(place, saved, loader, features)
     data = split_data(pictures, source, machine, args.labels)
-    print(f"{source.dataset}: {len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} "
-          f"classes; {args.encoder} encoder of {path} at step {saved['step']:,}")  # fmt: skip
+    counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
+    print(f"{source.dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
     results, averages = {}, {}
     for name, encode in features.items():
         results[name], *averages[name] = evaluate(encode, data, recipe.dim, epochs, recipe.seed)
@@ -506,8 +498,9 @@ def probe_checkpoint(path, args, given, machine):
 def draw_course(path, times):
     """How a run's probes fare as it goes on, below its loss. times: {epoch: (history, results)}"""
     history, last = times[max(times)]
-    curves = {probe: (sorted(times), [times[t][1]["trained"][probe][0] for t in sorted(times)]) for probe in last["trained"]}
-    start = {f"{probe}, untrained": ([0], [figures[0]]) for probe, figures in last.get("untrained", {}).items()}
+    epochs, probes = sorted(times), last["trained"]
+    curves = {name: (epochs, [times[t][1]["trained"][name][0] for t in epochs]) for name in probes}
+    start = {f"{name}, untrained": ([0], row[:1]) for name, row in last.get("untrained", {}).items()}
     loss = [row["epoch"] for row in history], [row["loss"] for row in history]
     save_curves(path, {"loss": {"loss": loss}, "accuracy, top-1 in %": curves | start}, "epochs")
     print(f"wrote {path}")
@@ -528,7 +521,7 @@ def main(argv=None, stop=None):
     if len(runs) > 1:
         print(f"\nmean ± standard deviation of {len(runs)} runs, each at its last checkpoint")
         last = [times[max(times)][1] for times in runs.values()]
-        print_table({e: {p: [run[e][p] for run in last] for p in last[0][e]} for e in last[0]}, several_runs)
+        print_table({e: {p: [*zip(*(run[e][p] for run in last))] for p in last[0][e]} for e in last[0]})
     return 0
 
 if __name__ == "__main__":

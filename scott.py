@@ -65,9 +65,10 @@ class Config:
     masking: str = "block"  # "block": the visible part is made of rectangles; "random": of single tokens
 
     def __post_init__(self):
-        for field in fields(self):  # an int is good enough where a float is expected, and nothing else is
+        for field in fields(self):
             value, kind = getattr(self, field.name), type(field.default)
-            self.require(field.name, type(value) in (kind, int if kind is float else kind), f"{kind.__name__}")
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            self.require(field.name, fits, f"of type {kind.__name__}")
         self.between(1, 8192, "depth", "heads", "predictor_depth")
         self.between(0, 0.999, "dropout", "attention_dropout", "drop_path", "mask_ratio")
         self.require("image_size", self.image_size in range(32, 8193, PATCH), "a multiple of 16 from 32 up")
@@ -149,8 +150,9 @@ def hide(x, visible):
     if visible is None:
         return x
     cell = x.shape[-1] // visible.shape[-1]  # pixels of this feature map along the side of one token's cell
-    visible = visible.repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)  # [B, 1, S, S]
-    return torch.where(visible, x, 0)  # not x · visible: 0 · NaN is NaN
+    cells = x.unflatten(3, (-1, cell)).unflatten(2, (-1, cell))  # [B, C, g, cell, g, cell]
+    cells = torch.where(visible[:, :, :, None, :, None], cells, 0)  # not x · visible: 0 · NaN is NaN
+    return cells.flatten(4).flatten(2, 3)
 
 class MaskedConv2d(nn.Conv2d):
     """A convolution that forgets what it smeared across the mask.
@@ -249,7 +251,8 @@ def position_embedding(grid, dim, device=None):
     stored here, so the same encoder runs on a grid of any size.
     """
     precise = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # not on MPS
-    omega = 10000 ** (-torch.arange(dim // 4, dtype=precise, device=device) / (dim // 4))
+    n = dim // 4
+    omega = torch.logspace(0, 4 / n - 4, n, dtype=precise, device=device)  # 10000^(−k/n), k = 0 … n − 1
     angles = torch.arange(grid, dtype=precise, device=device)[:, None] * omega  # [g, D/4]
     line = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [g, D/2], the places along one axis
     rows, columns = line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)  # [g, g, D/2] each
@@ -414,7 +417,7 @@ def jepa_loss(prediction, target, visible):
     if shapes[0] != shapes[1] or shapes[2] != shapes[0][:2] or visible.dtype != torch.bool:
         raise InputError(f"shapes are {shapes} ({visible.dtype}), must be [B, N, D] twice and bool [B, N]")
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(dim=2)  # [B, N]
-    return (error.masked_fill(visible, 0).sum(dim=1) / (~visible).sum(dim=1)).mean()
+    return (torch.where(visible, 0, error).sum(dim=1) / (~visible).sum(dim=1)).mean()
 
 @torch.no_grad()
 def target_deviation(target):

@@ -17,7 +17,6 @@ import signal
 import struct
 import subprocess
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -374,7 +373,7 @@ def test_what_counts_as_a_picture_and_what_as_a_class(capsys, files, labels, tra
             train.open_datasets(recipe)
     else:
         parts, said = train.open_datasets(recipe), capsys.readouterr().out
-        assert sorted(label for part in parts for label in part.targets) == labels
+        assert sorted(label for part in parts for _, label in part.samples) == labels
         assert sum(map(len, parts[:-1] or parts)) == training
         assert all(said.count(part) == 1 for part in says.split("|") if part) and bool(said) == bool(says)
 
@@ -431,17 +430,6 @@ def encoded(image, kind="PNG", **options):
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
     return file.getvalue()
 
-def two_bits(values, transparent):
-    """A grey PNG of two bits per pixel, written by hand."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    packed = np.packbits(np.unpackbits(values[..., None], axis=2)[..., 6:].reshape(len(values), -1), axis=1)
-    head = struct.pack(">IIBBBBB", values.shape[1], len(values), 2, 0, 0, 0, 0)
-    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
-    parts = (b"IHDR", head), (b"tRNS", struct.pack(">H", transparent)), (b"IDAT", rows), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-
 GREY = np.arange(0, 240, 10, np.uint8).reshape(4, 6)
 COLOUR = np.dstack([GREY, 255 - GREY, GREY.T.reshape(4, 6)])
 DEEP = GREY.astype(np.uint16) * 256 + 77  # 16 bits
@@ -458,7 +446,6 @@ TEXT.add_text("Comment", "word " * 500_000, zip=True)
     (encoded(np.dstack([COLOUR, CLEAR])), [np.where(CLEAR[..., None] == 0, 255, COLOUR)]),
     (encoded(np.dstack([GREY, CLEAR])), [np.where(CLEAR == 0, 255, GREY)]),
     (encoded(GREY, transparency=0), [FIRST]), (encoded(DEEP, transparency=77), [FIRST]),
-    (two_bits(GREY // 80, 0), [None]),  # Pillow takes another colour for the transparent one
     (encoded(COLOUR, transparency=(0, 255, 0)), [np.where(GREY[..., None] == 0, 255, COLOUR)]),
     (encoded(DEEP), [GREY]), (tiff(DEEP), [GREY]),
     (tiff(65535 - DEEP, white_is_zero=True), [GREY]), (tiff(255 - GREY, white_is_zero=True), [GREY]),
@@ -622,7 +609,7 @@ NAMES = [function.__name__ for _, _, function, *_ in train.OPERATIONS]
     ("brightness", TF.adjust_brightness, (0.6, 0.9, 1.0, 1.4)),
     ("contrast", TF.adjust_contrast, (0.6, 0.9, 1.0, 1.4)),
     ("saturation", TF.adjust_saturation, (0.8, 0.9, 1.0, 1.2)), ("hue", TF.adjust_hue, (-0.1, -0.03, 0.0, 0.1)),
-    ("saturation", lambda image, _: TF.rgb_to_grayscale(image, 3), (0, 0, 0, 0)),
+    ("saturation", lambda image, _: TF.rgb_to_grayscale(image, 3), (0.0,) * 4),
     ("blur", lambda image, sigma: TF.gaussian_blur(image, [9, 9], [sigma, sigma]), (0.1, 0.7, 1.3, 2.0)),
 ])  # fmt: skip
 def test_each_colour_operation_equals_torchvisions_and_has_a_neutral_factor(name, theirs, values):
@@ -652,7 +639,7 @@ def test_colours_are_drawn_as_often_and_as_strong_as_the_paper_says():
     factors = train.draw_colours(20000, None)[1]
     active, share = factors != train.NEUTRAL, 0.6 * torch.tensor([0.8, 0.8, 0.8, 0.8, 0.1, 0.3])
     assert torch.allclose(active.float().mean(0), share, atol=0.02) and (active[:, 0] == active[:, 3]).all()
-    assert torch.allclose(factors.amin(0), torch.tensor([0.6, 0.6, 0.8, -0.1, 0, 0]), atol=0.01)
+    assert torch.allclose(factors.amin(0), torch.tensor([0.6, 0.6, 0.8, -0.1, 0, 0.001]), atol=0.01)
     assert torch.allclose(factors.amax(0), torch.tensor([1.4, 1.4, 1.2, 0.1, 1, 2]), atol=0.01)
     assert set(factors[:, 4].tolist()) == {0, 1} and factors[active[:, 5], 5].min() >= 0.1
     orders = ["".join(map(str, itertools.chain(*train.draw_colours(1, None)[0]))) for _ in range(3000)]
@@ -824,6 +811,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(monkeypatch, end):
     """Asked to stop it saves at once; killed, it goes on from its last save. fp16 scales gradients."""
     flags, program = DROPOUT + FP16, """if True:
         import itertools, os, signal, sys, train
+        for number in (1, 2, 15):
+            signal.signal(number, signal.SIG_DFL)  # nohup and & ignore some
         step, number = train.train_step, itertools.count(1)
         def one_step(*arguments):
             if next(number) == 9:
@@ -852,6 +841,8 @@ def python(*command):
 def test_a_signal_ends_at_once_before_training_heeds_it_and_when_it_comes_twice(again):
     program = f"""if True:
         import signal, train
+        for number in (1, 2, 15):
+            signal.signal(number, signal.SIG_DFL)
         def main(stop):
             stop.heeded = {again}
             signal.raise_signal(15)
@@ -879,12 +870,6 @@ def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_p
     assert Path("run/ckpt.pt").read_bytes() == before
     Path("run/ckpt.pt").rename("run/ckpt-0001.pt")  # what was kept is not started over, either
     assert "0001.pt is" in refused(train, *CRITTERS, "--resume", "--out", "run")
-
-def test_names_of_pictures_are_the_same_on_every_system(monkeypatch):
-    labelled_folder("photos")
-    parts = train.open_datasets(train.Recipe(dataset="folder", data_dir="photos"))
-    names = train.identify(parts, "photos")[0]
-    assert names[2] == "train/species 0/00.png" and names[2:20] == sorted(names[2:20])
 
 @pytest.mark.parametrize("first, then", [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "bf16")])
 def test_a_run_may_go_on_in_another_precision(first, then):
@@ -1081,7 +1066,7 @@ def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoin
     for name in ("trained", "untrained"):
         assert list(reports["1/ckpt"][name]) == ["k-NN", "linear", "simple", "multi-head", "cross"]
         for probe, row in reports["1/ckpt"][name].items():
-            assert f"{probe:12}{name:14}{row[0]:11.1f}{row[1]:11.1f}{row[2]:11.1f}" in single
+            assert f"{probe:12}{name:14}{row[0]:15.1f}{row[1]:15.1f}{row[2]:15.1f}" in single
             both = np.array([row[0], reports["2/ckpt"][name][probe][0]])
             assert f"{probe:12}{name:14}{f'{both.mean():.1f} ± {both.std(ddof=1):.1f}':>15}" in table
     panels, _ = drawn["probes.png1"]
@@ -1142,7 +1127,7 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
     ("--mask-ratio 1", "mask_ratio is"), ("--mask-ratio nan", "mask_ratio is"), ("--dropout 1", "dropout is"),
     ("--attention-dropout 2", "attention_dropout"), ("--drop-path -1", "drop_path"), ("--seed -1", "seed"),
     ("--batch-size 1", "batch_size"), ("--batch-size 50000", "--batch-size"), ("--device tpu9", "tpu9"),
-    ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps 0", "max-steps"),
+    ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps -1", "max-steps"),
     ("--out /dev/null/run", "/dev/null/run"), ("--out .", "is there"), (".", "cannot read ."),
     ("none.pt", "cannot read none.pt"), ("none.pt --epochs -1", "epochs"), ("none.pt --labels -1", "labels"),
     ("--dataset critters --data-dir .", "leave out --data-dir"), ("--data-dir .", "no pictures in"),

@@ -6,7 +6,7 @@
     python train.py --data-dir my/pictures
 
 Part 1 is the method: the settings of a run (`Recipe`), a step of training, schedules, views of pictures, the
-`Loader` that makes a batch, and `main`, which joins them. Part 2 is plumbing. Letters for sizes are scott.py's.
+`Loader` that makes a batch, and `main`, which joins them. Part 2 is plumbing. For letters see scott.py.
 
 All that is random in step t is drawn from generators seeded with the run's seed and t (crops, colours, masks,
 dropout) or t's epoch (order of the pictures). So a run that was stopped goes on as if it had not been.
@@ -160,38 +160,36 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
 
 def crop_one_by_one(pixels, crops, mirrored, out):
     """Cut a crop out of each picture and scale it by antialiased bicubic interpolation; the CPU's way.
-    pixels uint8 [B, 3, S, S], crops long [B, 4], mirrored bool [B]  →  [B, 3, out, out], from 0 to 1"""
+    pixels uint8 [B, 3, S, S], crops [B, 4], mirrored bool [B]  →  [B, 3, out, out], from 0 to 1"""
     images = torch.empty(len(crops), 3, out, out, dtype=torch.uint8)
-    for image, picture, (left, top, width, height) in zip(images, pixels, crops.tolist()):
+    for image, picture, (left, top, width, height) in zip(images, pixels, crops.int().tolist()):
         crop = picture[None, :, top : top + height, left : left + width]
         image[:] = F.interpolate(crop, (out, out), mode="bicubic", antialias=True)[0]
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images) / 255
 
 def crop_by_matrices(pixels, crops, mirrored, out):
     """The same as two matrix products per picture, for columns and rows: a GPU does all pictures at once."""
-    side, (left, top, width, height) = pixels.shape[-1], crops.float().unbind(1)
-    start, length = torch.stack([left, top]), torch.stack([width, height])  # [2, B]
-    sample = torch.arange(out, device=crops.device) + 0.5
-    centre = start[..., None] + sample * length[..., None] / out  # [2, B, out], where each sample is taken
-    pixel = torch.arange(side, device=crops.device)
-    distance = (pixel + 0.5 - centre[..., None]).abs() / (length / out).clamp(min=1)[..., None, None]
-    near = (1.5 * distance - 2.5) * distance**2 + 1  # the cubic kernel, a = −½: up to 1 pixel away, to 2
-    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))  # [2, B, out, S]
-    inside = (pixel >= start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S]
+    side, (start, length) = pixels.shape[-1], crops.float().T.unflatten(0, (2, 2))  # [2, B], of both axes
+    scale, pixel = length / out, torch.arange(0.5, side, device=crops.device)
+    centre = start[..., None] + torch.arange(0.5, out, device=crops.device) * scale[..., None]  # of samples
+    distance = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
+    two = (2 - distance).clamp(min=0)
+    one = (two - 1).clamp(min=0)
+    weights = two**2 * (two - 1) + one**2 * (2 - 4 * one)  # the cubic kernel with a = −½, times 2
+    inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S]
     weights = weights * inside[:, :, None]
     columns, rows = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
-    columns = torch.where(mirrored.view(-1, 1, 1), columns.flip(1), columns)
-    images = (pixels.float() @ columns[:, None].mT).clamp(0, 255)  # [B, 3, S, out]
-    return (rows[:, None] @ images).clamp(0, 255) / 255
+    images = (pixels / 255).flatten(1, 2) @ columns.mT  # [B, 3·S, out]
+    images = (rows[:, None] @ images.clamp(0, 1).unflatten(1, (3, side))).clamp(0, 1)  # [B, 3, out, out]
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
 
 # ---- Views: colours. Images [B, 3, H, H] from 0 to 1, a factor [B, 1, 1, 1] for each -----------------------
 
 def blend(images, other, factor):
-    return (images * factor + other * (1 - factor)).clamp(0, 1)
+    return torch.lerp(other, images, factor).clamp(0, 1)  # factor · images + (1 − factor) · other
 
 def brightness(images, factor):
-    return blend(images, 0, factor)
+    return (images * factor).clamp(0, 1)
 
 def contrast(images, factor):
     return blend(images, rgb_to_grayscale(images).mean((2, 3), keepdim=True), factor)
@@ -202,22 +200,22 @@ def saturation(images, factor):
 def hue(images, shift):
     """Turn the colour wheel by `shift` of a full turn: RGB to hue, saturation, value, and back."""
     red, green, blue = images.split(1, dim=1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
     turn = torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     turn = torch.where(value == red, green - blue, turn) / chroma.clamp(min=1e-12) + 6 * shift  # in sixths
-    gap = torch.cat([turn, turn - 2, turn - 4], dim=1).abs()  # to pure red, green and blue on the wheel
-    gap = torch.minimum(gap, (6 - gap).abs())  # the short way round
-    return value - chroma * (gap - 1).clamp(0, 1)
+    place = torch.cat([turn + 5, turn + 3, turn + 1], dim=1) % 6  # of red, green and blue on the wheel
+    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 
 def blur(images, sigma):
     """9×9 Gaussian blur, a sigma for each image. Borders are reflected. As a matrix for rows and columns."""
     side, offset = images.shape[-1], torch.arange(-4, 5, device=images.device)
-    weights = torch.softmax(-0.5 * (offset / sigma.view(-1, 1).clamp(min=1e-3)) ** 2, dim=1)  # [B, 9]
-    pixel = (torch.arange(side, device=images.device) + offset[:, None]).abs()  # [9, H]: which one lies there
-    pixel = torch.minimum(pixel, 2 * (side - 1) - pixel)
-    matrix = (weights @ F.one_hot(pixel, side).float().flatten(1)).view(-1, 1, side, side)
-    return matrix @ images @ matrix.mT
+    weights = torch.softmax(-0.5 * (offset / sigma.view(-1, 1)) ** 2, dim=1)  # [B, 9]
+    identity = torch.eye(side, device=images.device)[None]
+    shifted = F.pad(identity, (4, 4), mode="reflect").unfold(2, 9, 1)[0]  # [H, H, 9]
+    matrix = (shifted @ weights.T).permute(2, 1, 0)[:, None]  # [B, 1, H, H]: the blurred identity
+    rows_blurred = matrix @ images
+    return (rows_blurred.flatten(1, 2) @ matrix[:, 0].mT).view_as(images)
 
 OPERATIONS = (  # group, how often; function, factor that changes nothing, least and most that is drawn
     ("jitter", 0.8, brightness, 1.0, 0.6, 1.4),
@@ -225,7 +223,7 @@ OPERATIONS = (  # group, how often; function, factor that changes nothing, least
     ("jitter", 0.8, saturation, 1.0, 0.8, 1.2),
     ("jitter", 0.8, hue, 0.0, -0.1, 0.1),
     ("grey", 0.1, saturation, 1.0, 0.0, 0.0),
-    ("blur", 0.3, blur, 0.0, 0.1, 2.0),
+    ("blur", 0.3, blur, 0.001, 0.1, 2.0),
 )
 NEUTRAL = torch.tensor([operation[3] for operation in OPERATIONS])
 
@@ -249,16 +247,15 @@ def draw_colours(count, generator):
 
 def apply_colours(images, order, factors, functions):
     """Apply to each image its own share of each operation, in the order drawn."""
-    for group in order:
-        parts = [slice(None)]  # a GPU is fastest with all at once
-        if images.device.type == "cpu":  # with those that change, few enough to fit the processor's cache
-            rows = (factors[:, group] != NEUTRAL[group]).any(1).nonzero().squeeze(1)
-            parts = rows.split(8) if len(rows) else []
-        for rows in parts:
-            part, shares = images[rows], factors[rows, :, None, None, None]
+    if images.device.type != "cpu":  # a GPU is fastest with all at once
+        for number in sum(order, []):
+            images = functions[number](images, factors[:, number].view(-1, 1, 1, 1))
+        return images
+    for group in order:  # a CPU with those that change, few enough to fit its cache
+        rows = (factors[:, group] != NEUTRAL[group]).any(1).nonzero().squeeze(1)
+        for part in rows.split(8) if len(rows) else ():
             for number in group:
-                part = functions[number](part, shares[:, number])
-            images[rows] = part
+                images[part] = functions[number](images[part], factors[part, number].view(-1, 1, 1, 1))
     return images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which everyone uses
@@ -270,9 +267,9 @@ def normalise(images, mean, std):
 # ---- Loader: the batch of a step ---------------------------------------------------------------------------
 
 class Loader:
-    """Makes batches out of `pictures` (see load_pictures), of which it uses `rows`, long [n]. Each epoch takes
-    them in a new random order, and leaves out what does not fill a batch. views: how many of each picture;
-    two are for pretraining and come with a mask, one is for eval.py."""
+    """Makes batches out of `pictures` (see load_pictures), of which it uses `rows`, long [n], in a new random
+    order for each epoch, without what does not fill a batch. views: how many of each picture. Two are for
+    pretraining and come with a mask, one is for eval.py."""
 
     def __init__(self, pictures, rows, recipe, machine, views=2):
         self.pictures, self.rows, self.recipe, self.device = pictures, rows, recipe, machine.device
@@ -303,19 +300,18 @@ class Loader:
         visible = None
         if self.views > 1:
             grid = recipe.image_size // PATCH
-            visible = sample_masks(B, grid, recipe.mask_ratio, recipe.masking, generator)
-            visible = self.to_device(visible)
+            visible = self.to_device(sample_masks(B, grid, recipe.mask_ratio, recipe.masking, generator))
         # In one table, a line for each picture: its row, its crop, and the factors of each of its views.
-        drawn = torch.cat([rows[:, None], crops, mirrored, *factors.split(B)], dim=1)
-        drawn = self.to_device(drawn)
+        drawn = self.to_device(torch.cat([rows[:, None], crops, mirrored, *factors.split(B)], dim=1))
         images = self.crop(rows, drawn[:, :6])
         factors = torch.cat(drawn[:, 6:].chunk(self.views, dim=1))
         images = apply_colours(images.repeat(self.views, 1, 1, 1), order, factors, self.operations)
-        return self.normalise(images, self.mean, self.std).view(self.views, -1, *images.shape[1:]), visible, rows
+        images = self.normalise(images, self.mean, self.std)
+        return images.unflatten(0, (self.views, B)), visible, rows
 
     def crop(self, rows, drawn):
-        """Crops [B, 3, H, H], from 0 to 1. drawn [B, 6], on the device: row, left, top, width, height, mirror"""
-        pixels, crops, mirrored = self.pictures.pixels, drawn[:, 1:5].long(), drawn[:, 5] == 1
+        """Crops [B, 3, H, H], from 0 to 1. drawn [B, 6]: row, left, top, width, height, mirrored"""
+        pixels, crops, mirrored = self.pictures.pixels, drawn[:, 1:5], drawn[:, 5] == 1
         if self.device.type == "cpu":
             return crop_one_by_one(pixels[rows], crops, mirrored, self.recipe.image_size)
         if pixels.device.type == "cpu":  # the GPU has no room for all pictures: it gets these
@@ -330,10 +326,6 @@ class Loader:
 
 # ---- The program -------------------------------------------------------------------------------------------
 
-ADVICE = ("target_std dips to 0.3 or 0.5 while the learning rate climbs, then settles at 0.6 to 0.9. If it is "
-          "below 0.1 after\nthat, the encoders have collapsed: begin anew, --momentum nearer to 1 or half the "
-          "--lr. The loss alone says little.")  # fmt: skip
-
 def main(argv=None, stop=None):
     """Train as the command line says. Returns the exit status: 0, or 128 + the signal that ended the run,
     which `run` notes in `stop`."""
@@ -346,7 +338,7 @@ def main(argv=None, stop=None):
     per_epoch = loader.steps_per_epoch
     total_steps = recipe.epochs * per_epoch
     warmup_steps = min(total_steps * 40 // 300, 40 * per_epoch)  # 40 of the paper's 300 epochs
-    last_step = min(total_steps, args.max_steps)
+    last_step = min(total_steps, args.max_steps or total_steps)
 
     torch.manual_seed(recipe.seed)
     model = MIMJEPA(recipe).to(machine.device).train()
@@ -362,23 +354,24 @@ def main(argv=None, stop=None):
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     tqdm.write(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}, "
-               f"{parameters:.1f} M parameters\n{ADVICE}")  # fmt: skip
+               f"{parameters:.1f} M parameters\nThe loss says little. target_std dips while the learning "
+               "rate climbs, then stays at 0.6 to 0.9; below 0.1 by then is a collapse.")  # fmt: skip
 
     stop.heeded = True  # from here on a signal waits until its step is whole
     first, saved_at, row_at = step + 1, time.monotonic(), step - step % per_epoch % ROW
     started, lap = saved_at - seconds, (first, math.nan)
-    bar = tqdm(None, "training", last_step * recipe.batch_size, initial=step * recipe.batch_size, unit=" images",
-               unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    with bar:
+    pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
+    with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
+              mininterval=pause) as bar:  # fmt: skip
         for step in range(first, last_step + 1):
             views, visible, _ = loader.batch(step)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
                                  start_momentum=recipe.momentum)  # fmt: skip
             torch.manual_seed(generator_for(recipe.seed, 3, step).initial_seed())  # what dropout draws from
-            numbers = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
-            sums += torch.stack(numbers)  # on the device: to read a number is to wait for it
+            pair = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
+            sums += torch.stack(pair)  # on the device: to read a number is to wait for it
             if bar.update(recipe.batch_size):  # when it is drawn, a few times a second at most
-                bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *numbers))
+                bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *pair))
             if step == first + 2:  # by now everything is compiled: speed is measured from here on
                 lap = step, time.monotonic()
             epoch, rest = divmod(step, per_epoch)
@@ -392,9 +385,9 @@ def main(argv=None, stop=None):
             if rest % ROW == 0:  # else it is a part of a row, which a resumed run makes whole
                 history, row_at = rows_now, step
                 sums.zero_()
-            keep = rest == 0 and epoch % args.keep_every == 0
-            if end or keep or (rest == 0 and now - saved_at > 60):
-                files = ["ckpt.pt"] + [f"ckpt-{epoch:04}.pt"] * keep
+            keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
+            if end or keep or now - saved_at > 60:
+                files = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
                 save(out, files, parts, rows_now, recipe=asdict(recipe), step=step, seconds=now - started,
                      history=history, sums=sums, pictures=names)  # fmt: skip
                 saved_at = time.monotonic()
@@ -469,7 +462,7 @@ def draw_critter(species, seed, side=64):
     return canvas.rotate(tilt, fillcolor=background).resize((side, side), Image.Resampling.BOX)
 
 class Critters:
-    """A data set of `count` critters, side × side px, the species in turn: critters[i] → (picture, species)"""
+    """A data set of `count` critters, side × side px, the species in turn."""
 
     classes = SPECIES
 
@@ -491,10 +484,10 @@ LIBRARY = {  # torchvision's class, its splits (the last one is for testing), ho
     "pets": (datasets.OxfordIIITPet, ("trainval", "test"), 7_349),
     "flowers": (datasets.Flowers102, ("train", "val", "test"), 8_189),
 }
+LAYOUT = "Labelled pictures lie in train/<class>/… and val/<class>/… (or test/<class>/…), below --data-dir"
 
 def open_datasets(recipe):
-    """The data sets that a recipe names, each of (picture, label); the last of several is for testing, a
-    single one has no labels. InputError says what is missing."""
+    """The data sets that a recipe names. The last of several is for testing; a single one has no labels."""
     name, root, test = recipe.dataset, Path(recipe.data_dir).expanduser(), recipe.pictures // 4
     if name == "critters":
         return [Critters(recipe.pictures - test, 0, recipe.cache_side), Critters(test, 1, recipe.cache_side)]
@@ -507,74 +500,76 @@ def open_datasets(recipe):
         parts = [kind(root, split, download=True) for split in splits]
     except Exception as error:  # no network, no room, a broken archive or list: whatever it leads to
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"cannot get {name} into {root} ({reason}). Once that is mended, delete what is there "
-                         "of it, and start again") from None  # fmt: skip
+        text = f"cannot get {name} into {root} ({reason})"
+        raise InputError(f"{text}. Mend that, delete what is there of it, and start again") from None
     if (found := sum(map(len, parts))) != count:
         tqdm.write(f"warning: of the {count:,} pictures of {name}, {root} has {found:,}")
     return parts
 
-class Folder(datasets.ImageFolder):
-    """All pictures below `root`. If labelled, each folder in it is a class; all else has the label −1. Links are
-    followed, but nothing is taken twice. What lies beside a ckpt.pt was drawn by a run: it is left alone.
-    passed: counts the files that are no pictures."""
+@dataclass
+class Files:
+    """A data set of picture files."""
 
-    def __init__(self, root, labelled=False):
-        self.labelled, self.seen, self.passed = labelled, set(), Counter()
-        super().__init__(root, loader=open_picture)
+    samples: list  # of (path, label), −1 for none
+    classes: list  # their names
 
-    def find_classes(self, root):
-        inside = sorted(filter(is_data, next(os.walk(root))[1])) if self.labelled else []
-        names = [name for name in inside if not any(Path(root, name).glob(f"*{STORE}"))]
-        return names, {name: number for number, name in enumerate(names)} | {"": -1}
+    def __len__(self):
+        return len(self.samples)
 
-    def make_dataset(self, root, class_to_idx, **_):
-        return [(path, number) for name, number in class_to_idx.items()
-                for path in sorted(self.walk(os.path.join(root, name)), key=lambda path: Path(path).parts)]
+    def __getitem__(self, i):
+        path, label = self.samples[i]
+        return open_picture(path), label
 
-    def walk(self, root):
-        for parent, folders, files in os.walk(root, followlinks=True, onerror=give_up):
-            if "ckpt.pt" in files or not self.is_new(parent):
-                files, folders[:] = [], []
-            folders[:] = filter(is_data, folders)
-            for path in (os.path.join(parent, name) for name in filter(is_data, files)):
-                ending = os.path.splitext(path)[1].lower()
-                if ending not in datasets.folder.IMG_EXTENSIONS:
-                    self.passed[f"of type {ending or '?'}"] += ending != STORE
-                elif self.is_new(path):
-                    yield path
+def find_pictures(root):
+    """(the pictures below a folder, in order; how many files are none, by ending). Links are followed, but no
+    folder or file is taken twice. What lies beside a ckpt.pt was drawn by a run: it is left alone."""
 
-    def is_new(self, path):
-        before = len(self.seen)
-        self.seen.add(os.path.realpath(path))
-        return len(self.seen) > before
+    def give_up(error):
+        raise error
+
+    found, others, seen = {}, Counter(), set()
+    for parent, folders, files in os.walk(root, followlinks=True, onerror=give_up):
+        real = os.path.realpath(parent)
+        if real in seen or "ckpt.pt" in files:
+            folders[:], files = [], []
+        seen.add(real)
+        folders[:] = filter(is_data, folders)
+        for path in (Path(parent, name) for name in filter(is_data, files)):
+            if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
+                found.setdefault(os.path.realpath(path), path)
+            else:
+                others[f"of type {path.suffix.lower() or '?'}"] += path.suffix != STORE
+    return sorted(found.values(), key=lambda path: path.parts), others  # the same order on every system
 
 def is_data(name):
     return name[0] not in ".@" and name != "__MACOSX"  # these belong to programs
 
-def give_up(error):
-    raise error
+def labelled_files(folder):
+    """The pictures below a folder. Each folder in it is a class; what lies beside these has none."""
+    paths = find_pictures(folder)[0] if folder.is_dir() else []
+    names = [path.relative_to(folder).parts[0] for path in paths]  # the class, or a loose file's own name
+    classes = sorted({name for name, path in zip(names, paths) if name != path.name})
+    number = {name: i for i, name in enumerate(classes)}
+    return Files([(path, number.get(name, -1)) for path, name in zip(paths, names)], classes)
 
 def open_folder(root, splits):
     """[train/<class>/…, val/<class>/… or test/<class>/…], or all pictures in one, without labels."""
-    if not root.is_dir() or not (everything := Folder(root)).samples:
+    found, passed = find_pictures(root) if root.is_dir() else ([], Counter())
+    if not found:
         endings = " ".join(datasets.folder.IMG_EXTENSIONS)
         raise InputError(f"no folder {root}, or no pictures in it ({endings}): see --data-dir")
-    parts = [Folder(root / split, labelled=True) for split in splits if (root / split).is_dir()]
-    parts, passed, names = [part for part in parts if part.samples], everything.passed, ", ".join(splits)
-    if len(parts) > 1 and parts[0].root == root / "train" and parts[0].classes:
-        passed[f"outside {names}"] = len(everything) - sum(map(len, parts))
-    elif "test" in splits:
-        parts = [everything]
-    else:
-        raise InputError(f"{root} has no labels. {LAYOUT}")
-    for part in parts:
-        if part.classes != parts[0].classes or not {*range(len(part.classes))} <= {*part.targets}:
-            raise InputError(f"{names} in {root} need pictures in the same folders, one per class")
+    train, *rest = (labelled_files(root / split) for split in splits)
+    parts = [train, *(part for part in rest if part.samples)]
+    if len(parts) == 1 or not train.classes:
+        if "test" not in splits:
+            raise InputError(f"{root} has no labels. {LAYOUT}")
+        parts = [Files([(path, -1) for path in found], [])]
+    if any(part.classes != parts[0].classes for part in parts):
+        raise InputError(f"{', '.join(splits)} in {root} need pictures in the same folders, one per class")
+    passed[f"outside {', '.join(splits)}"] = len(found) - sum(map(len, parts))
     if passed := [f"{count} files {what}" for what, count in passed.items() if count > 0]:
         tqdm.write(f"passed over {'; '.join(passed)}")
     return parts
-
-LAYOUT = "Labelled pictures lie in train/<class>/… and val/<class>/… (or test/<class>/…), below --data-dir"
 
 def choose_rows(pictures, recipe):
     """Which of the pictures to pretrain on: long [n]."""
@@ -631,8 +626,8 @@ def to_rgb(image):
 
 # ---- One file of decoded pictures --------------------------------------------------------------------------
 
-# Decoding a JPEG costs more than a GPU's step on it, so it happens once. Each picture is squeezed to a square;
-# its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
+# Decoding a JPEG costs more than a GPU's step on it, so it happens once. Each picture is squeezed to a
+# square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
 
 STORE = ".pictures"  # the file's ending
 Pictures = namedtuple("Pictures", "pixels sizes labels train names")
@@ -641,27 +636,30 @@ def cache_folder(recipe):
     return Path(recipe.cache_dir or os.path.join(recipe.data_dir, "cache")).expanduser()
 
 def load_pictures(recipe, folder, device):
-    """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height, 0 if left
-    out; labels long [n], −1 for none; train: so many, the first, are the training split; names: a digest of
-    theirs. A GPU holds the pixels if half of its free memory takes them, else they lie in a file in `folder`.
-    InputError lists the files that cannot be read, unless recipe.skip_bad_images leaves them out."""
+    """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height, or 0 if
+    left out; labels long [n], −1 for none; train: so many, the first, are the training split; names: a digest
+    of theirs. A GPU holds the pixels if half of its free memory takes them; else they lie in a file in
+    `folder`. InputError lists files that cannot be read, unless recipe.skip_bad_images leaves them out."""
     parts, side = open_datasets(recipe), recipe.cache_side
     pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
-    kind = np.dtype([("label", "i8"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
-    names, stamps = identify(parts, recipe.data_dir)
+    record = np.dtype([("label", "i8"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
+    names, key = identify(parts, recipe.data_dir)
     if recipe.dataset == "critters":  # drawn in seconds: nothing to keep
-        records = np.stack([*decode_all(pictures, kind)])
+        records = np.stack([*decode_all(pictures, record)])
     else:
-        path = folder / f"{recipe.dataset}-{side}-{digest(names + stamps)}{STORE}"
-        records = open_store(path, kind, pictures)
-        bad = np.flatnonzero(records["size"][:, 0] == 0)
-        reasons = why_unreadable(pictures, bad)
-        if len(reasons) < len(bad):  # some can be read by now
-            records = open_store(path, kind, pictures, anew=True)
-        elif reasons:
-            text = f"{len(reasons)} of {len(pictures)} files, which cannot be used: {'; '.join(reasons[:40])}"
-            if not recipe.skip_bad_images:
-                raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
+        path = folder / f"{recipe.dataset}-{side}-{key}{STORE}"
+        records = open_store(path, record, pictures)
+        bad, reasons = np.flatnonzero(records["size"][:, 0] == 0).tolist(), []
+        for i in bad:
+            try:
+                pictures[i]
+            except Exception as error:
+                reasons.append(ascii(str(error) or type(error).__name__)[1:-1])  # a name may hold anything
+        text = f"{len(bad)} of {len(pictures)} files, which cannot be used: {'; '.join(reasons[:40])}"
+        if bad and not recipe.skip_bad_images:
+            path.unlink()  # they may be mended by the next time
+            raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
+        if bad:
             tqdm.write(f"left out {text}")
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
     with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
@@ -670,70 +668,55 @@ def load_pictures(recipe, folder, device):
         on_host, pixels = pixels, torch.empty(pixels.shape, dtype=torch.uint8, device=device)
         for i in range(0, len(pixels), 256):  # the host may have less memory
             pixels[i : i + 256] = on_host[i : i + 256]
-    return Pictures(pixels, sizes, labels, train, digest(names))
+    return Pictures(pixels, sizes, labels, train, names)
 
 def identify(parts, data_dir):
-    """(a name of each picture, what changes when its file does), as far as they are files of one's own."""
-    names, stamps = [f"{type(part).__name__} {len(part)}" for part in parts], []
-    for path in (path for part in parts if isinstance(part, Folder) for path, _ in part.samples):
+    """Two digests: of the names of the pictures; and of these and of what changes when a file does."""
+    names, stamps = [f"{len(part)} pictures" for part in parts], []
+    for path, _ in (sample for part in parts if isinstance(part, Files) for sample in part.samples):
         names.append(Path(os.path.relpath(path, data_dir)).as_posix())
-        info = os.stat(path) if os.path.exists(path) else None
+        info = os.stat(path) if path.exists() else None
         stamps.append(info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-    return names, stamps
+    return [hashlib.sha256(ascii(things).encode()).hexdigest()[:16] for things in (names, names + stamps)]
 
-def digest(things):
-    return hashlib.sha256(ascii(things).encode()).hexdigest()[:16]
-
-def decode(pictures, kind, i):
+def decode(pictures, record, i):
     """The record of a picture. Its size stays 0 × 0 if it cannot be read."""
-    record = np.zeros((), kind)
-    with suppress(Exception):  # whatever a damaged file leads to: `why_unreadable` tells
-        picture, record["label"] = pictures[i]
-        small = picture.resize(kind["pixels"].shape[1:], Image.Resampling.BICUBIC)
-        record["pixels"] = np.asarray(small).transpose(2, 0, 1)
-        record["size"] = picture.size
-    return record
+    row = np.zeros((), record)
+    with suppress(Exception):  # whatever a damaged file leads to
+        picture, row["label"] = pictures[i]
+        small = picture.resize(row["pixels"].shape[1:], Image.Resampling.BICUBIC)
+        row["pixels"], row["size"] = np.asarray(small).transpose(2, 0, 1), picture.size
+    return row
 
-def decode_all(pictures, kind):
+def decode_all(pictures, record):
     """Yield every record. Threads decode, ahead of the reader by no more than 256 pictures."""
-    affinity = getattr(os, "sched_getaffinity", None)  # which cores this process may use
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(16, cores)) as pool:  # Pillow works outside Python's lock
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(min(16, cores or 1)) as pool:  # Pillow works outside Python's lock
         for start in tqdm(range(0, len(pictures), 256), "decoding", leave=False, disable=None):
-            yield from pool.map(partial(decode, pictures, kind), range(start, min(start + 256, len(pictures))))
+            part = range(start, min(start + 256, len(pictures)))
+            yield from pool.map(partial(decode, pictures, record), part)
 
-def why_unreadable(pictures, rows):
-    """Open them once more, for a line about each."""
-    reasons = []
-    for i in rows.tolist():
-        try:
-            pictures[i]
-        except Exception as error:
-            reasons.append(ascii(str(error) or type(error).__name__)[1:-1])  # a name may hold anything
-    return reasons
-
-def open_store(path, kind, pictures, anew=False):
-    """The records, mapped into memory. If the file is not there and whole, or is wanted anew, all pictures are
-    decoded first. It gets its name only when it is whole."""
+def open_store(path, record, pictures):
+    """The records, mapped into memory. If the file is not there and whole, it is made first."""
     with suppress(OSError, ValueError):
-        records = np.memmap(path, kind, "r")
-        if len(records) == len(pictures) and not anew:
+        records = np.memmap(path, record, "r")
+        if len(records) == len(pictures):
             return records
     building = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may build the same
-    size = kind.itemsize * len(pictures) / 1e9
+    size = record.itemsize * len(pictures) / 1e9
     tqdm.write(f"decoding {len(pictures):,} pictures once, to {size:.2f} GB in {path.parent}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(building, "wb") as file:
-            for record in decode_all(pictures, kind):
-                file.write(record.tobytes())
-        for old in path.parent.glob(path.name[:-26] + "?" * 16 + STORE):  # of files that have changed since
+            for row in decode_all(pictures, record):
+                file.write(row.tobytes())
+        for old in path.parent.glob(path.stem[:-16] + "?" * 16 + STORE):  # of files that have changed since
             old.unlink()
         os.replace(building, path)
-        return np.memmap(path, kind, "r")
+        return np.memmap(path, record, "r")
     except OSError as error:
-        raise InputError(f"cannot keep {size:.3f} GB of pictures in {path.parent} ({error.strerror}): make room, "
-                         "lower --cache-side, or name another folder by --cache-dir") from None  # fmt: skip
+        text = f"cannot keep {size:.3f} GB of pictures in {path.parent} ({error.strerror}): free some room"
+        raise InputError(f"{text}, lower --cache-side, or name another folder by --cache-dir") from None
     finally:
         with suppress(OSError):
             building.unlink()
@@ -798,8 +781,8 @@ def restore(saved, parts, pictures):
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the checkpoint does not hold what it takes to go on ({reason})") from None
     if before != pictures:
-        raise InputError(f"the run had other pictures ({before}, now {pictures}): put them back, or begin anew in "
-                         "another --out")  # fmt: skip
+        text = f"the run had other pictures ({before}, now {pictures})"
+        raise InputError(f"{text}: put them back, or begin anew in another --out")
     return state
 
 # ---- Command line and machine ------------------------------------------------------------------------------
@@ -819,22 +802,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
-def at_least(least):
-    def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"it must be {least} or more")
-        return int(text)
-
-    return number
+def natural(text):
+    """The type of a flag: 0, 1, 2, …"""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
 
 def read_arguments(argv):
     """(all flags, those of the recipe that were given)"""
     parser = Parser(prog="train.py", description="Pretrain a SCOTT encoder by MIM-JEPA.")
     parser.add_argument("--out", default="", help="the run's folder, a new one (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on in the folder --out")
-    parser.add_argument("--max-steps", type=at_least(1), default=10**12, help="stop there; the schedules stay")
-    parser.add_argument("--keep-every", type=at_least(1), default=10**12, help="also keep every Nth epoch")
-    about = "They are explained in Recipe (train.py) and Config (scott.py). In brackets: the paper's values."
+    parser.add_argument("--max-steps", type=natural, default=0, help="stop there; the schedules stay")
+    parser.add_argument("--keep-every", type=natural, default=0, help="also keep every Nth epoch")
+    about = "They are explained in Recipe (train.py) and Config (scott.py); in brackets the paper's values."
     group = parser.add_argument_group("recipe", about)
     for field in fields(Recipe):
         if field.name not in PLACES:
@@ -857,7 +838,7 @@ def open_run(args, given):
     out = Path(args.out or f"runs/{default_recipe(given).dataset}").expanduser()
     path, kept = out / "ckpt.pt", sorted(out.glob("ckpt*.pt"))
     if out.exists() and not args.resume:
-        raise InputError(f"{out} is there: --resume goes on with the run in it, another --out begins a new one")
+        raise InputError(f"{out} is there: --resume goes on with its run, another --out begins a new one")
     if not path.exists():
         if kept:
             raise InputError(f"{kept[-1]} is there, but no ckpt.pt: copy it to that name to go on from it")
@@ -868,20 +849,20 @@ def open_run(args, given):
     recipe = Recipe(**saved["recipe"])
     for name, value in given.items():
         if name not in PLACES and value != getattr(recipe, name):
-            raise InputError(f"{path} has {name} {getattr(recipe, name)}, not {value}: name another --out folder")
+            raise InputError(f"{path} has {name} {getattr(recipe, name)}, not {value}: name another --out")
     return replace(recipe, **{name: given[name] for name in PLACES if name in given}), out, saved
 
 Machine = namedtuple("Machine", "device dtype compile autocast")
 
 def choose_machine(args):
     """Choose, and print, what to compute on, the best or as asked. InputError if it cannot be had."""
-    found = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     try:
-        device = torch.device(args.device or [*found, "cpu"][0])
+        device = torch.device(args.device or next(name for name in there if there[name]))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot use device {args.device} ({reason}): leave --device out for the best") from None
+        raise InputError(f"cannot use {args.device} ({reason}): leave --device out for the best") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     cuda, features = device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
     has_bf16 = device.type == "cpu" and any(features.get(f) for f in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -897,13 +878,15 @@ def choose_machine(args):
     compile = args.compile
     if compile is None:
         compile = cuda and importlib.util.find_spec("triton") is not None  # which Windows lacks
-    tqdm.write(f"{device} (bf16 in hardware: {has_bf16}), {precision}, {'compiled' if compile else 'not compiled'}")
+    how = "compiled" if compile else "not compiled"
+    tqdm.write(f"{device} (bf16 in hardware: {has_bf16}), {precision}, {how}")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return Machine(device, dtype, compile, partial(torch.autocast, device.type, dtype, enabled=dtype is not None))
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    return Machine(device, dtype, compile, autocast)
 
 def run(program):
-    """Start a main as a process. What a user can put right is one line, a bug a traceback. Ctrl-C, SIGTERM and
-    a closed terminal end it at once, but once training heeds them, a first one is only noted."""
+    """Start a main as a process. What a user can put right is one line, a bug a traceback. Ctrl-C, SIGTERM
+    and a closed terminal end it at once, but where training heeds them, a first one is only noted."""
     stop = SimpleNamespace(heeded=False, signal=0)
 
     def hear(number, frame):
