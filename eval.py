@@ -33,7 +33,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from scott import MIMJEPA, PATCH, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
+from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
 from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine, default_recipe
 from train import generator_for, load_pictures, make_optimizer, natural, run, schedules, set_schedule
@@ -114,7 +114,7 @@ def central_views(loader, rows):
     return loader.crop(rows, loader.to_device(drawn))
 
 class Features:
-    """The frozen encoder as a function: images [B, 3, H, H], 0 to 1 → normalised tokens [B, N, D]"""
+    """The frozen encoder as a function: normalised images [B, 3, H, H] → normalised tokens [B, N, D]"""
 
     def __init__(self, encoder, loader, machine):
         self.machine, self.loader = machine, loader
@@ -185,9 +185,8 @@ def split_data(pictures, recipe, machine, per_class=0):
     labels, rows = pictures.labels, torch.arange(len(pictures.labels)).tensor_split([pictures.train])
     train, test = (part[(pictures.sizes[part, 0] > 0) & (labels[part] >= 0)] for part in rows)
     if len(labels[train].unique()) < 2 or len(test) == 0:
-        where = recipe.data_dir
-        raise InputError(f"{where} has no readable labelled pictures of two classes, to train probes on and to "
-                         f"test. {LAYOUT}")  # fmt: skip
+        text = f"{recipe.data_dir} has no readable labelled pictures of two classes, for training and for testing"
+        raise InputError(f"{text}. {LAYOUT}")
     if per_class:
         if per_class > labels[train].bincount().max():
             raise InputError(f"labels is {per_class}, but no class has so many training pictures")
@@ -247,8 +246,8 @@ def evaluate(features, data, dim, epochs, seed):
     return results, train, test
 
 def supervise(encoder, data, recipe, machine):
-    """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining, for
-    as many epochs and at its learning rate."""
+    """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining,
+    for as many epochs and at its learning rate."""
     torch.manual_seed(recipe.seed)
     probe = SimpleProbe(recipe.dim, data.classes).to(machine.device).train()
     encoder.to(machine.device).requires_grad_(True).train()
@@ -287,15 +286,14 @@ def save_grid(path, titles, rows, notes=(), tile=132):
     write_file(path, partial(canvas.save, format="PNG"))
 
 def round_ticks(low, high):
-    """About five round numbers from low to high."""
-    rough = max(high - low, 1e-9) / 4
+    """A few round numbers from low to high."""
+    rough = max(high - low, 1e-9) / 6
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
     return [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 def save_curves(path, panels, across):
-    """A panel for each {title: {name: (xs, ys)}}, over the same axis from 0 on, with the title `across`. A
-    single point is drawn as a line from side to side: something to compare with."""
+    """A panel for each {title: {name: (xs, ys)}}, over the same axis from 0 on, with the title `across`."""
     left, right, height = 80, 820, 230
     canvas = Image.new("RGB", (right + 150, height * len(panels) + 30), "white")
     pen = ImageDraw.Draw(canvas)
@@ -314,12 +312,12 @@ def save_curves(path, panels, across):
             at = np.interp(x, (0, longest), (left, right))
             pen.line((at, top, at, bottom), "#dddddd")
             pen.text((at, bottom + 4), f"{x:,.0f}", INK, WORDS, anchor="mt")
-        for (name, (xs, ys)), colour in zip(lines.items(), COLOURS):
-            across_ys = np.interp(ys, (low, high), (bottom, top))
-            points = list(zip(np.interp(xs, (0, longest), (left, right)), across_ys))
-            points = points if len(points) > 1 else [(x, across_ys[0]) for x in (left, right)]
-            pen.line(points, colour, 3 if len(xs) > 1 else 1)
-            pen.text((right + 8, points[-1][1]), name, colour, WORDS, anchor="lm")
+        label_at = bottom + 100
+        for colour, (name, (xs, ys)) in sorted(zip(COLOURS, lines.items()), key=lambda pair: pair[1][1][1][-1]):
+            heights = np.interp(ys, (low, high), (bottom, top)).tolist()
+            pen.line([*zip(np.interp(xs, (0, longest), (left, right)), heights)], colour, min(3, len(xs) - 1))
+            label_at = min(heights[-1], label_at - 16)  # from the lowest up: they must not overlap
+            pen.text((right + 8, label_at), name, colour, WORDS, anchor="lm")
     pen.text((right, height * len(panels) + 8), across, INK, WORDS, anchor="rt")
     write_file(path, partial(canvas.save, format="PNG"))
 
@@ -369,8 +367,8 @@ def draw_neighbours(path, loader, data, averages):
 @torch.no_grad()
 def draw_leak(path, tokenizer, loader, image, visible):
     """How a hole fills: image [1, 3, H, H], visible [1, N], and where each layer of the tokenizer is active,
-    masked again after every layer and masked once. Grey: seen, the darker the more active; orange: made up, in
-    a hidden place, with the share of hidden places where that is so."""
+    masked again after every layer and masked once. Grey: seen, the darker the more active; orange: made up,
+    in a hidden place, with the share of hidden places where that is so."""
     side, grid = image.shape[-1], math.isqrt(visible.shape[1])
     cells, seen = visible.view(1, 1, grid, grid), enlarged(visible, side)
     edges = F.max_pool2d(seen.float(), 3, 1, 1).bool() & ~seen  # the hole's rim, which is outlined
@@ -411,8 +409,8 @@ def read_arguments(argv):
     return args, {name: value for name, value in vars(args).items() if name in ("dataset", *PLACES)}
 
 def print_table(results):
-    """A line for each probe and encoder. A figure is a number, or a list of them, one for each run: then their
-    mean and standard deviation are shown."""
+    """A line for each probe and encoder. A figure is a number, or several, one for each run: then their mean
+    and standard deviation are shown."""
     print(f"\n{'probe':12}{'encoder':14}{'top-1':>15}{'top-5':>15}{'per class':>15}   (%, test split)")
     for probe in ("k-NN", "linear", *PROBES):
         for encoder, figures in results.items():
@@ -442,7 +440,7 @@ def draw_run(place, saved, loader, features):
     draw_components(place("pca.png"), loader, features, images)
     encoder = features["trained"].encoder
     if encoder.config.tokenizer != "patch":
-        visible = sample_masks(1, recipe.image_size // PATCH, recipe.mask_ratio, recipe.masking, generator)
+        visible = sample_masks(1, recipe.grid, recipe.mask_ratio, recipe.masking, generator)
         draw_leak(place("leak.png"), encoder.tokenizer, loader, images[:1], loader.to_device(visible))
 
 def probe_checkpoint(path, args, given, machine):
@@ -500,7 +498,8 @@ def draw_course(path, times):
     history, last = times[max(times)]
     epochs, probes = sorted(times), last["trained"]
     curves = {name: (epochs, [times[t][1]["trained"][name][0] for t in epochs]) for name in probes}
-    start = {f"{name}, untrained": ([0], row[:1]) for name, row in last.get("untrained", {}).items()}
+    start = {f"{name}, untrained": ([0, max(times)], [row[0]] * 2)  # a line to compare with
+             for name, row in last.get("untrained", {}).items()}  # fmt: skip
     loss = [row["epoch"] for row in history], [row["loss"] for row in history]
     save_curves(path, {"loss": {"loss": loss}, "accuracy, top-1 in %": curves | start}, "epochs")
     print(f"wrote {path}")

@@ -41,19 +41,20 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from scott import FORMAT, MIMJEPA, PATCH, Config, InputError, load_checkpoint, sample_masks, target_deviation
+from scott import FORMAT, MIMJEPA, Config, InputError, load_checkpoint, sample_masks, target_deviation
 
 # ============================================================================================================
 # Part 1: the method
 # ============================================================================================================
 
-# ---- Recipe: every setting of a run, and a flag for each (batch_size is --batch-size) ----------------------
+# ---- Recipe: what defines a run, and a flag for each entry (batch_size is --batch-size) --------------------
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """The settings of the model, from Config, and these. By default all are the paper's."""
+    """The settings of the model, from Config, and these. The defaults are the paper's; those of a small data
+    set are in DIFFERS. What no flag should change are defaults further down: schedules, colours, crops."""
 
-    dataset: str = "critters"  # "critters", a name in LIBRARY, "imagenet100" or "folder" (any pictures)
+    dataset: str = "critters"  # "critters", a name in LIBRARY (part 2), "imagenet100" or "folder"
     data_dir: str = "data"  # where the pictures are, or will be downloaded to
     cache_dir: str = ""  # where decoded pictures are kept; by default the folder "cache" in data_dir
     cache_side: int = 320  # pixels: a decoded picture is kept as a square of this side
@@ -95,7 +96,8 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
     """One step of MIM-JEPA.  → loss and target_std, two scalars on the device
 
     views [2, B, 3, H, H]: both of the same pictures; visible bool [B, N]: what the context encoder sees of
-    the first; schedule: (learning rate, weight decay, momentum); scaler: of fp16's gradients, else idle.
+    the first; schedule: (learning rate, weight decay, momentum); scaler: of fp16's gradients, else idle;
+    autocast(): the context in which matrix products are taken in half precision.
     """
     lr, weight_decay, momentum = schedule
     set_schedule(optimizer, lr, weight_decay)
@@ -115,7 +117,8 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
 def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, end_lr=1e-5, flat=0.72,
               start_decay=0.04, end_decay=0.4, start_momentum=0.996, end_momentum=1.0):  # fmt: skip
     """(learning rate, weight decay, EMA momentum) of step 1 … total_steps. The learning rate climbs in a
-    line, is at its peak for `flat` of the steps left, and falls along half a cosine. The others are lines."""
+    line, stays at its peak for the share `flat` of the steps after warm-up, and falls along half a cosine.
+    The others are lines."""
     done = step / total_steps
     weight_decay = start_decay + done * (end_decay - start_decay)
     momentum = start_momentum + done * (end_momentum - start_momentum)
@@ -134,7 +137,7 @@ def make_optimizer(parameters):
     parameters = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(groups, fused=True)  # its own β are the paper's, 0.9 and 0.999
 
 def set_schedule(optimizer, lr, weight_decay):
     optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
@@ -143,8 +146,9 @@ def set_schedule(optimizer, lr, weight_decay):
 # ---- Views: crops. Drawn for each picture, computed for all at once ----------------------------------------
 
 def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
-    """Random resized crops, as torchvision's: uniform in their share of the area, log-uniform in aspect.
-    sizes [B, 2]: true width, height  →  long [B, 4]: left, top, width, height, in pixels of the square"""
+    """Random resized crops, as torchvision's: uniform in their share of the area, log-uniform in aspect. They
+    are drawn in true proportions, and given in pixels of the square of `side` that a picture is kept as.
+    sizes [B, 2]: true width, height  →  long [B, 4]: left, top, width, height"""
     B, shape = len(sizes), sizes[:, :1] / sizes[:, 1:]  # [B, 1], width / height of the whole picture
     area = torch.empty(B, tries).uniform_(*scale, generator=generator)
     aspect = torch.empty(B, tries).uniform_(*map(math.log, ratio), generator=generator).exp() / shape
@@ -167,21 +171,23 @@ def crop_one_by_one(pixels, crops, mirrored, out):
         image[:] = F.interpolate(crop, (out, out), mode="bicubic", antialias=True)[0]
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images) / 255
 
-def crop_by_matrices(pixels, crops, mirrored, out):
-    """The same as two matrix products per picture, for columns and rows: a GPU does all pictures at once."""
-    side, (start, length) = pixels.shape[-1], crops.float().T.unflatten(0, (2, 2))  # [2, B], of both axes
-    scale, pixel = length / out, torch.arange(0.5, side, device=crops.device)
-    centre = start[..., None] + torch.arange(0.5, out, device=crops.device) * scale[..., None]  # of samples
-    distance = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
-    two = (2 - distance).clamp(min=0)
-    one = (two - 1).clamp(min=0)
-    weights = two**2 * (two - 1) + one**2 * (2 - 4 * one)  # the cubic kernel with a = −½, times 2
+def crop_by_matrices(pixels, drawn, views, out):
+    """The same as two matrix products per picture, for columns and rows: a GPU does all pictures at once.
+    pixels [n, 3, S, S]; drawn [B, 6]: which of them, the crop, mirrored  →  [views·B, 3, out, out]"""
+    side = pixels.shape[-1]
+    start, length = drawn[:, 1:5].T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
+    scale, pixel = length / out, torch.arange(0.5, side, device=drawn.device)
+    centre = start[..., None] + torch.arange(0.5, out, device=drawn.device) * scale[..., None]  # of samples
+    x = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
+    x = x.clamp(max=2)  # from a sample to a pixel; further away nothing counts
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2  # the cubic kernel, a = −½
     inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S]
-    weights = weights * inside[:, :, None]
-    columns, rows = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
-    images = (pixels / 255).flatten(1, 2) @ columns.mT  # [B, 3·S, out]
-    images = (rows[:, None] @ images.clamp(0, 1).unflatten(1, (3, side))).clamp(0, 1)  # [B, 3, out, out]
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    weights = torch.where(x < 1, near, far) * inside[:, :, None]
+    across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
+    images = (pixels[drawn[:, 0].long()] / 255).flatten(1, 2) @ across.mT  # [B, 3·S, out]
+    images = images.clamp(0, 1).unflatten(1, (3, side))  # as uint8 arithmetic does between its two passes
+    images = (down[:, None] @ images).clamp(0, 1)  # [B, 3, out, out]
+    return torch.where(drawn[:, 5].view(-1, 1, 1, 1) == 1, images.flip(3), images).repeat(views, 1, 1, 1)
 
 # ---- Views: colours. Images [B, 3, H, H] from 0 to 1, a factor [B, 1, 1, 1] for each -----------------------
 
@@ -198,7 +204,7 @@ def saturation(images, factor):
     return blend(images, rgb_to_grayscale(images), factor)
 
 def hue(images, shift):
-    """Turn the colour wheel by `shift` of a full turn: RGB to hue, saturation, value, and back."""
+    """Turn the colour wheel by `shift` of a full turn: RGB to hue, chroma, value, and back."""
     red, green, blue = images.split(1, dim=1)
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
@@ -217,44 +223,44 @@ def blur(images, sigma):
     rows_blurred = matrix @ images
     return (rows_blurred.flatten(1, 2) @ matrix[:, 0].mT).view_as(images)
 
-OPERATIONS = (  # group, how often; function, factor that changes nothing, least and most that is drawn
-    ("jitter", 0.8, brightness, 1.0, 0.6, 1.4),
-    ("jitter", 0.8, contrast, 1.0, 0.6, 1.4),
-    ("jitter", 0.8, saturation, 1.0, 0.8, 1.2),
-    ("jitter", 0.8, hue, 0.0, -0.1, 0.1),
-    ("grey", 0.1, saturation, 1.0, 0.0, 0.0),
-    ("blur", 0.3, blur, 0.001, 0.1, 2.0),
+# A view is changed with probability 0.6, and then by each group of operations with the group's own.
+CHANGED, GROUPS = 0.6, {"jitter": 0.8, "grey": 0.1, "blur": 0.3}
+OPERATIONS = (  # group, function, the factor that changes nothing, the least and the most that is drawn
+    ("jitter", brightness, 1.0, 0.6, 1.4),
+    ("jitter", contrast, 1.0, 0.6, 1.4),
+    ("jitter", saturation, 1.0, 0.8, 1.2),
+    ("jitter", hue, 0.0, -0.1, 0.1),
+    ("grey", saturation, 1.0, 0.0, 0.0),
+    ("blur", blur, 0.001, 0.1, 2.0),
 )
-NEUTRAL = torch.tensor([operation[3] for operation in OPERATIONS])
+NEUTRAL = torch.tensor([operation[2] for operation in OPERATIONS])
 
 def draw_colours(count, generator):
-    """The colours of `count` views: (order of the operations, factors [count, operations]). A view is changed
-    with probability 0.6, then by each group with its own. The order is drawn once for all views: that of the
-    groups, and that of the operations in a group."""
-    groups, shares, _, _, least, most = zip(*OPERATIONS)
-    share = dict(zip(groups, shares))  # of each group
-    chosen = torch.rand(count, len(share), generator=generator) < torch.tensor([*share.values()])
-    chosen &= torch.rand(count, 1, generator=generator) < 0.6
-    chosen = chosen[:, [[*share].index(group) for group in groups]]  # [count, operations]
-    least, most = torch.tensor(least), torch.tensor(most)
+    """The colours of `count` views: (order, factors [count, operations]). The order, drawn once for all
+    views, is a list of the groups, each a list of rows of OPERATIONS."""
+    group_of, _, _, least, most = zip(*OPERATIONS)
+    least, most, names = torch.tensor(least), torch.tensor(most), [*GROUPS]
+    chosen = torch.rand(count, len(names), generator=generator) < torch.tensor([*GROUPS.values()])
+    chosen &= torch.rand(count, 1, generator=generator) < CHANGED
+    chosen = chosen[:, [names.index(group) for group in group_of]]  # [count, operations]
     factors = least + (most - least) * torch.rand(count, len(OPERATIONS), generator=generator)
 
     def shuffled(things):
         return [things[i] for i in torch.randperm(len(things), generator=generator).tolist()]
 
-    order = [shuffled([i for i, other in enumerate(groups) if other == group]) for group in share]
+    order = [shuffled([row for row, group in enumerate(group_of) if group == name]) for name in names]
     return shuffled(order), torch.where(chosen, factors, NEUTRAL)
 
 def apply_colours(images, order, factors, functions):
-    """Apply to each image its own share of each operation, in the order drawn."""
+    """Apply each operation to each image, by its own factor, in the order drawn; on a CPU in place."""
     if images.device.type != "cpu":  # a GPU is fastest with all at once
         for number in sum(order, []):
             images = functions[number](images, factors[:, number].view(-1, 1, 1, 1))
         return images
-    for group in order:  # a CPU with those that change, few enough to fit its cache
-        rows = (factors[:, group] != NEUTRAL[group]).any(1).nonzero().squeeze(1)
-        for part in rows.split(8) if len(rows) else ():
-            for number in group:
+    for numbers in order:  # a CPU with those that change, few enough to fit its cache
+        changed = (factors[:, numbers] != NEUTRAL[numbers]).any(1).nonzero().squeeze(1)
+        for part in changed.split(8) if len(changed) else ():
+            for number in numbers:
                 images[part] = functions[number](images[part], factors[part, number].view(-1, 1, 1, 1))
     return images
 
@@ -268,8 +274,8 @@ def normalise(images, mean, std):
 
 class Loader:
     """Makes batches out of `pictures` (see load_pictures), of which it uses `rows`, long [n], in a new random
-    order for each epoch, without what does not fill a batch. views: how many of each picture. Two are for
-    pretraining and come with a mask, one is for eval.py."""
+    order for each epoch; the last, incomplete batch is dropped. views: how many of each picture, two and a
+    mask for pretraining, one for probes. machine: device and compile, see choose_machine."""
 
     def __init__(self, pictures, rows, recipe, machine, views=2):
         self.pictures, self.rows, self.recipe, self.device = pictures, rows, recipe, machine.device
@@ -278,10 +284,10 @@ class Loader:
             text = f"{len(rows)} pictures do not fill a batch of {recipe.batch_size}"
             raise InputError(f"{text}: lower --batch-size, or take more --pictures")
         self.mean, self.std = torch.tensor([MEAN, STD], device=machine.device).view(2, 3, 1, 1)
-        # One by one these functions are dozens of small steps each; compiled they are a kernel or two.
+        # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
         self.crop_by_matrices, self.normalise = compiled(crop_by_matrices), compiled(normalise)
-        self.operations = [compiled(operation[2]) for operation in OPERATIONS]
+        self.operations = [compiled(operation[1]) for operation in OPERATIONS]
 
     def pick(self, step):
         """The pictures of step 1, 2, …: a slice of the epoch's random order."""
@@ -290,35 +296,34 @@ class Loader:
         return self.rows[order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]]
 
     def batch(self, step):
-        """(views [V, B, 3, H, H], mask of the first one [B, N] or None, which pictures [B]). All that is
-        random is drawn on the CPU; a GPU gets it in two copies, which nobody waits for."""
+        """(views [V, B, 3, H, H]; visible bool [B, N], for the first view, or None; which pictures, [B]). All
+        that is random is drawn on the CPU; a GPU gets it in two transfers, which nobody waits for."""
         recipe, generator = self.recipe, generator_for(self.recipe.seed, 1, step)
         rows, B = self.pick(step), self.recipe.batch_size
         crops = draw_crops(self.pictures.sizes[rows], self.pictures.pixels.shape[-1], generator)
-        mirrored = torch.rand(B, 1, generator=generator) < 0.5
+        mirrored = torch.rand(B, 1, generator=generator) < 0.5  # all views share crop and mirror
         order, factors = draw_colours(self.views * B, generator)
         visible = None
         if self.views > 1:
-            grid = recipe.image_size // PATCH
-            visible = self.to_device(sample_masks(B, grid, recipe.mask_ratio, recipe.masking, generator))
+            visible = sample_masks(B, recipe.grid, recipe.mask_ratio, recipe.masking, generator)
+            visible = self.to_device(visible)
         # In one table, a line for each picture: its row, its crop, and the factors of each of its views.
         drawn = self.to_device(torch.cat([rows[:, None], crops, mirrored, *factors.split(B)], dim=1))
-        images = self.crop(rows, drawn[:, :6])
         factors = torch.cat(drawn[:, 6:].chunk(self.views, dim=1))
-        images = apply_colours(images.repeat(self.views, 1, 1, 1), order, factors, self.operations)
-        images = self.normalise(images, self.mean, self.std)
+        images = self.crop(rows, drawn[:, :6], self.views)
+        images = self.normalise(apply_colours(images, order, factors, self.operations), self.mean, self.std)
         return images.unflatten(0, (self.views, B)), visible, rows
 
-    def crop(self, rows, drawn):
-        """Crops [B, 3, H, H], from 0 to 1. drawn [B, 6]: row, left, top, width, height, mirrored"""
-        pixels, crops, mirrored = self.pictures.pixels, drawn[:, 1:5], drawn[:, 5] == 1
+    def crop(self, rows, drawn, views=1):
+        """Crops, from 0 to 1, each `views` times. drawn [B, 6]: row, left, top, width, height, mirrored"""
+        pixels, side = self.pictures.pixels, self.recipe.image_size
         if self.device.type == "cpu":
-            return crop_one_by_one(pixels[rows], crops, mirrored, self.recipe.image_size)
+            images = crop_one_by_one(pixels[rows], drawn[:, 1:5], drawn[:, 5] == 1, side)
+            return images.repeat(views, 1, 1, 1)
         if pixels.device.type == "cpu":  # the GPU has no room for all pictures: it gets these
-            pixels = self.to_device(pixels[rows])
-        else:
-            pixels = pixels[drawn[:, 0].long()]
-        return self.crop_by_matrices(pixels, crops, mirrored, self.recipe.image_size)
+            pixels, drawn = self.to_device(pixels[rows]), drawn.clone()
+            drawn[:, 0] = torch.arange(len(rows))
+        return self.crop_by_matrices(pixels, drawn, views, side)
 
     def to_device(self, tensor):
         pin = self.device.type == "cuda"  # from pinned memory, and only from there, a GPU copies meanwhile
@@ -337,7 +342,7 @@ def main(argv=None, stop=None):
     loader = Loader(pictures, rows, recipe, machine)
     per_epoch = loader.steps_per_epoch
     total_steps = recipe.epochs * per_epoch
-    warmup_steps = min(total_steps * 40 // 300, 40 * per_epoch)  # 40 of the paper's 300 epochs
+    warmup_steps = min(recipe.epochs, 300) * per_epoch * 40 // 300  # the paper's 40 of 300 epochs, or less
     last_step = min(total_steps, args.max_steps or total_steps)
 
     torch.manual_seed(recipe.seed)
@@ -359,11 +364,13 @@ def main(argv=None, stop=None):
 
     stop.heeded = True  # from here on a signal waits until its step is whole
     first, saved_at, row_at = step + 1, time.monotonic(), step - step % per_epoch % ROW
-    started, lap = saved_at - seconds, (first, math.nan)
+    started, lap = saved_at - seconds, (0, math.nan)
     pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
               mininterval=pause) as bar:  # fmt: skip
         for step in range(first, last_step + 1):
+            if step == first + 3:  # by now everything is compiled: speed is measured from here on
+                lap = step - 1, time.monotonic()
             views, visible, _ = loader.batch(step)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
                                  start_momentum=recipe.momentum)  # fmt: skip
@@ -372,8 +379,6 @@ def main(argv=None, stop=None):
             sums += torch.stack(pair)  # on the device: to read a number is to wait for it
             if bar.update(recipe.batch_size):  # when it is drawn, a few times a second at most
                 bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *pair))
-            if step == first + 2:  # by now everything is compiled: speed is measured from here on
-                lap = step, time.monotonic()
             epoch, rest = divmod(step, per_epoch)
             end = stop.signal or step == last_step
             if rest % ROW and not end:
@@ -381,7 +386,7 @@ def main(argv=None, stop=None):
             means, now = sums / (step - row_at), time.monotonic()
             speed = (step - lap[0]) * recipe.batch_size / (now - lap[1])  # images per second
             rows_now = [*history, summary(step, per_epoch, means, schedule, speed, now - started)]
-            lap = step, time.monotonic()
+            lap = (step, time.monotonic()) if step > first + 2 else lap
             if rest % ROW == 0:  # else it is a part of a row, which a resumed run makes whole
                 history, row_at = rows_now, step
                 sums.zero_()
@@ -479,7 +484,7 @@ class Critters:
 
 # ---- Data sets: pictures[i] → (picture, label) -------------------------------------------------------------
 
-LIBRARY = {  # torchvision's class, its splits (the last one is for testing), how many pictures it has
+LIBRARY = {  # class(root, split, download=True), its splits, the last for testing, how many pictures it has
     "imagenette": (partial(datasets.Imagenette, size="160px"), ("train", "val"), 13_394),
     "pets": (datasets.OxfordIIITPet, ("trainval", "test"), 7_349),
     "flowers": (datasets.Flowers102, ("train", "val", "test"), 8_189),
@@ -820,7 +825,10 @@ def read_arguments(argv):
     for field in fields(Recipe):
         if field.name not in PLACES:
             flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"[{field.default}]")
+            how = dict(type=kind, metavar=kind.__name__.upper())
+            if kind is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            group.add_argument(flag, help=f"[{field.default}]", **how)
     args = parser.parse_args(argv)
     return args, {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
 
