@@ -35,9 +35,9 @@ from tqdm import tqdm
 
 from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
-from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine, default_recipe
-from train import generator_for, load_pictures, make_optimizer, natural, run, schedules, set_schedule
-from train import write_file
+from train import LAYOUT, PLACES, Loader, Parser, cache_folder, choose_machine, choose_rows, default_recipe
+from train import generator_for, load_pictures, make_optimizer, natural, recipe_of, run, schedules
+from train import set_schedule, write_file
 
 # ---- Attentive probes: tokens [B, N, D] → logits [B, classes] ----------------------------------------------
 
@@ -185,7 +185,7 @@ def split_data(pictures, recipe, machine, per_class=0):
     labels, rows = pictures.labels, torch.arange(len(pictures.labels)).tensor_split([pictures.train])
     train, test = (part[(pictures.sizes[part, 0] > 0) & (labels[part] >= 0)] for part in rows)
     if len(labels[train].unique()) < 2 or len(test) == 0:
-        text = f"{recipe.data_dir} has no readable labelled pictures of two classes, for training and for testing"
+        text = f"{recipe.data_dir} has no readable labelled pictures of two classes, to train and to test on"
         raise InputError(f"{text}. {LAYOUT}")
     if per_class:
         if per_class > labels[train].bincount().max():
@@ -237,7 +237,8 @@ def evaluate(features, data, dim, epochs, seed):
     """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent; and the averaged
     features [n, D] of training and test pictures."""
     train, test = (features.of(rows, "features", lambda x: x.mean(1)) for rows in (data.train, data.test))
-    labels, truth = data.labels[data.train].to(features.machine.device), data.labels[data.test]
+    train, test = train.cpu(), test.cpu()  # in full precision, and the same figures everywhere
+    labels, truth = data.labels[data.train], data.labels[data.test]
     votes = knn(train, labels, test, data.classes)
     results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
                "linear": accuracies(linear(train, labels, test, data.classes), truth)}  # fmt: skip
@@ -311,9 +312,10 @@ def save_curves(path, panels, across):
         for x in round_ticks(0, longest):
             at = np.interp(x, (0, longest), (left, right))
             pen.line((at, top, at, bottom), "#dddddd")
-            pen.text((at, bottom + 4), f"{x:,.0f}", INK, WORDS, anchor="mt")
+            pen.text((at, bottom + 4), f"{x:,g}", INK, WORDS, anchor="mt")
         label_at = bottom + 100
-        for colour, (name, (xs, ys)) in sorted(zip(COLOURS, lines.items()), key=lambda pair: pair[1][1][1][-1]):
+        ranked = sorted(zip(COLOURS * 2, lines.items()), key=lambda pair: pair[1][1][1][-1])
+        for colour, (name, (xs, ys)) in ranked:
             heights = np.interp(ys, (low, high), (bottom, top)).tolist()
             pen.line([*zip(np.interp(xs, (0, longest), (left, right)), heights)], colour, min(3, len(xs) - 1))
             label_at = min(heights[-1], label_at - 16)  # from the lowest up: they must not overlap
@@ -357,7 +359,7 @@ def draw_neighbours(path, loader, data, averages):
     for i in torch.linspace(0, len(data.test) - 1, 3).long().tolist():
         for name, (train, test) in averages.items():
             likeness = F.normalize(train, dim=1) @ F.normalize(test[i], dim=0)
-            nearest = data.train[likeness.topk(min(5, len(train))).indices.cpu()]
+            nearest = data.train[likeness.topk(min(5, len(train))).indices]
             shown = torch.cat([data.test[i, None], nearest])
             rows[f"{name}\nencoder{' ' * len(rows)}"] = central_views(loader, shown)
             right = data.labels[nearest] == data.labels[data.test[i]]
@@ -427,14 +429,17 @@ def choose_data(recipe, given):
     own = "image_size", "mask_ratio", "masking", "seed"
     return replace(default_recipe(given), **{name: getattr(recipe, name) for name in own})
 
-def draw_run(place, saved, loader, features):
+def draw_run(place, saved, loader, features, source, machine):
     """The pictures of a run that need no labels. place("pca.png"): where that one belongs."""
     recipe, rows, generator = loader.recipe, loader.rows, generator_for(loader.recipe.seed, 5)
     epochs, columns = [row["epoch"] for row in saved["history"]], ("loss", "target_std", "learning_rate")
-    if epochs:
+    if len(epochs) > 1:
         curves = {name: {name: (epochs, [row[name] for row in saved["history"]])} for name in columns}
         save_curves(place("curves.png"), curves, "epochs")
-    draw_views(place("views.png"), loader, saved["step"])
+    chosen = choose_rows(loader.pictures, source)
+    source = replace(source, batch_size=min(source.batch_size, len(chosen)))
+    shown = Loader(loader.pictures, chosen, source, machine)
+    draw_views(place("views.png"), shown, saved["step"])
     test = rows[rows >= loader.pictures.train % len(loader.pictures.labels)]  # all, if there is no test split
     images = central_views(loader, test[torch.randperm(len(test), generator=generator)[:6]])
     draw_components(place("pca.png"), loader, features, images)
@@ -444,10 +449,10 @@ def draw_run(place, saved, loader, features):
         draw_leak(place("leak.png"), encoder.tokenizer, loader, images[:1], loader.to_device(visible))
 
 def probe_checkpoint(path, args, given, machine):
-    """All about one checkpoint: table, eval.json, pictures.  → its history, {encoder: {probe: figures}}"""
+    """All about one checkpoint: table, eval.json, pictures.  → epoch, history, {encoder: {probe: figures}}"""
     torch.compiler.reset()  # of the graphs of other checkpoints only a few would be kept
     saved, written = load_checkpoint(path), []
-    recipe, trained = Recipe(**saved["recipe"]), load_encoder(saved, args.encoder)
+    recipe, trained = recipe_of(saved), load_encoder(saved, args.encoder)
     source = choose_data(recipe, given)
     pictures = load_pictures(source, cache_folder(source), machine.device)
     epochs = recipe.probe_epochs if args.epochs is None else args.epochs
@@ -474,7 +479,8 @@ def probe_checkpoint(path, args, given, machine):
     loader = Loader(pictures, readable, replace(source, batch_size=min(64, len(readable))), machine)
     features = {name: Features(encoder, loader, machine) for name, encoder in encoders.items()}
     if not args.no_pca:
-        draw_run(place, saved, loader, features)
+        draw_run(place, saved, loader, features, source, machine)
+        print(f"drew {', '.join(map(str, written))}")
     data = split_data(pictures, source, machine, args.labels)
     counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
     print(f"{source.dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
@@ -491,7 +497,7 @@ def probe_checkpoint(path, args, given, machine):
         results["fine-tuned"] = supervise(load_encoder(saved, args.encoder), data, recipe, machine)
         report()
     print(f"\nwrote {', '.join(map(str, dict.fromkeys(written)))}")
-    return saved["history"], results
+    return saved["epoch"], saved["history"], results
 
 def draw_course(path, times):
     """How a run's probes fare as it goes on, below its loss. times: {epoch: (history, results)}"""
@@ -511,8 +517,7 @@ def main(argv=None, stop=None):
     for pattern in map(os.path.expanduser, args.checkpoints):  # not every shell expands runs/a/ckpt*.pt
         paths += [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) or [pattern]
     for path in {Path(path).resolve(): path for path in paths}.values():
-        history, results = probe_checkpoint(path, args, given, machine)
-        epoch = history[-1]["epoch"] if history else 0
+        epoch, history, results = probe_checkpoint(path, args, given, machine)
         runs.setdefault(Path(path).resolve().parent, {})[epoch] = history, results
     for folder, times in runs.items():
         if len(times) > 1:

@@ -305,7 +305,7 @@ def trained(flags="", out="run", base=CRITTERS):
     return load_checkpoint(f"{out}/ckpt.pt")
 
 def test_the_papers_recipe_is_the_default_and_small_data_sets_say_what_differs():
-    paper = dict(epochs=300, batch_size=64, lr=5e-4, momentum=0.996, seed=47, probe_epochs=100, pretrain_split="all")
+    paper = dict(epochs=300, batch_size=64, lr=5e-4, momentum=0.996, seed=47, probe_epochs=100)
     for name in ("pets", "flowers", "imagenet100", "folder"):
         assert vars(train.default_recipe({"dataset": name})).items() >= (paper | vars(Config())).items()
     for name in ("critters", "imagenette"):
@@ -313,11 +313,11 @@ def test_the_papers_recipe_is_the_default_and_small_data_sets_say_what_differs()
         assert (recipe.dim, recipe.batch_size, recipe.lr) == (128, 32, 7e-4)
 
 def test_critters_are_the_same_every_time_balanced_and_not_told_apart_by_colour():
-    species, critters = len(train.SPECIES), train.Critters(600, seed=5, side=32)
-    assert critters.seeds == train.Critters(600, 5, 32).seeds != train.Critters(600, 6, 32).seeds
+    species, critters = len(train.SPECIES), train.critters(600, seed=5, side=32)
+    assert critters.samples == train.critters(600, 5, 32).samples != train.critters(600, 6, 32).samples
     both = train.open_datasets(train.Recipe(pictures=600))
     assert [len(part) for part in both] == [450, 150]
-    assert len({*both[0].seeds, *both[1].seeds}) == 600  # no test picture is trained on
+    assert len({seed for part in both for (_, seed), _ in part.samples}) == 600  # tested on other pictures
     pictures, labels = zip(*(critters[i] for i in range(600)))
     labels = torch.tensor(labels)
     assert labels.bincount(minlength=species).min() >= 600 // species
@@ -406,7 +406,7 @@ def test_pets_flowers_and_imagenette_are_read_as_torchvision_lays_them_out(monke
     assert [part[0] for part in parts] == ["train", "val", "test"]
 
 @pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("File not found or corrupted."),
-                                   ValueError("not enough values to unpack"), HTTPException("IncompleteRead")])
+                                   ValueError("not enough values"), HTTPException("IncompleteRead")])
 def test_a_download_that_fails_is_one_line(monkeypatch, error):
     monkeypatch.setitem(train.LIBRARY, "pets", (Mock(side_effect=error), ("trainval", "test"), 7349))
     assert str(error) in refused(train, "--dataset", "pets")
@@ -494,7 +494,7 @@ def test_pictures_are_kept_whole_and_decoded_again_only_if_they_or_their_file_ch
     picture = TF.resize(TF.to_image(Image.open("photos/b.png")), [36], T.InterpolationMode.BICUBIC)
     assert (view - TF.center_crop(picture, [32, 32]) / 255).abs().mean() < 0.02
     [file] = photos.iterdir()
-    for damage in (file.unlink, lambda: file.write_bytes(file.read_bytes()[:-99]), lambda: file.write_bytes(b"")):
+    for damage in (file.unlink, lambda: os.truncate(file, 99), lambda: os.truncate(file, 0)):
         damage()
         assert torch.equal(load().pixels, pictures.pixels)
     with monkeypatch.context() as patch:
@@ -511,12 +511,13 @@ def test_where_nothing_can_be_kept_the_line_says_how_to_choose_another_folder(ph
     photos.touch()
     with pytest.raises(InputError, match="photos/cache.*--cache-dir"):
         load()
-    assert load(cache_dir="elsewhere").sizes.tolist() == [[80, 40], [30, 90]] and list(Path("elsewhere").iterdir())
+    assert load(cache_dir="elsewhere").sizes.tolist() == [[80, 40], [30, 90]] and os.listdir("elsewhere")
 
 @pytest.mark.parametrize("full", [True, False])
 def test_a_build_that_breaks_off_leaves_nothing(photos, monkeypatch, full):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with monkeypatch.context() as patch, pytest.raises(InputError if full else KeyboardInterrupt, match="cache-side|^$"):
+    expected = pytest.raises(InputError if full else KeyboardInterrupt, match="cache-side|^$")
+    with monkeypatch.context() as patch, expected:
         try:
             if full:  # as a full disk, the system takes no more than so many bytes
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
@@ -593,9 +594,10 @@ def loader(pixels, sizes=None, batch_size=2, side=32, seed=0, machine=CPU, **set
 def test_crops_equal_torchvisions_and_pillows_one_by_one_and_by_matrices(out):
     pixels, mirrored = smooth_pictures(5, 96, 96), torch.tensor([True, False, False, True, False])
     boxes = [(0, 0, 96, 96), (10, 20, 50, 60), (40, 3, 43, 93), (5, 50, 91, 33), (30, 30, 45, 47)]
-    ours = train.crop_one_by_one(pixels, torch.tensor(boxes), mirrored, out) * 255
     drawn = torch.cat([torch.arange(5)[:, None], torch.tensor(boxes), mirrored[:, None]], dim=1).float()
+    ours, again = (train.crop_one_by_one(pixels, drawn, 2, out) * 255).chunk(2)
     on_a_gpu = train.crop_by_matrices(pixels, drawn, 2, out).chunk(2)[1] * 255
+    assert torch.equal(ours, again)
     assert (on_a_gpu - ours).abs().max() < 1.2  # of 255: it does not round to whole numbers
     for picture, flip, (left, top, width, height), our in zip(pixels, mirrored, boxes, ours):
         crop = TF.crop(picture, top, left, height, width)
@@ -609,7 +611,8 @@ NAMES = [function.__name__ for _, function, *_ in train.OPERATIONS]
 @pytest.mark.parametrize("name, theirs, values", [
     ("brightness", TF.adjust_brightness, (0.6, 0.9, 1.0, 1.4)),
     ("contrast", TF.adjust_contrast, (0.6, 0.9, 1.0, 1.4)),
-    ("saturation", TF.adjust_saturation, (0.8, 0.9, 1.0, 1.2)), ("hue", TF.adjust_hue, (-0.1, -0.03, 0.0, 0.1)),
+    ("saturation", TF.adjust_saturation, (0.8, 0.9, 1.0, 1.2)),
+    ("hue", TF.adjust_hue, (-0.1, -0.03, 0.0, 0.1)),
     ("saturation", lambda image, _: TF.rgb_to_grayscale(image, 3), (0.0,) * 4),
     ("blur", lambda image, sigma: TF.gaussian_blur(image, [9, 9], [sigma, sigma]), (0.1, 0.7, 1.3, 2.0)),
 ])  # fmt: skip
@@ -664,9 +667,10 @@ def test_both_views_share_the_crop_and_half_of_them_are_mirrored_but_each_has_it
     ramp = torch.linspace(0, 127, 64).byte()  # dark on the left
     load = loader(ramp + smooth_pictures(300, 64, 64) // 2, batch_size=300)
     first, second = load.batch(1)[0]
-    plain = (first * load.std + load.mean).mean((0, 2, 3))
+    plain = first * load.std + load.mean
     assert load.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
-    assert load.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225]) and 0 < plain.min() < plain.max() < 1
+    assert load.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert -1e-5 < plain.min() < 0.1 < 0.9 < plain.max() < 1 + 1e-5  # so they were normalised by these
     flat = torch.stack([first.mean(1).flatten(1), second.mean(1).flatten(1)])
     correlation = F.cosine_similarity(*(flat - flat.mean(2, keepdim=True)), dim=1)
     assert correlation.quantile(0.02) > 0.8 and not torch.equal(first, second)
@@ -682,7 +686,7 @@ def test_views_compile_and_are_the_same_views(monkeypatch):
 
 @pytest.mark.parametrize("held", ["meta", "cpu"])
 def test_all_is_moved_to_the_device(held):
-    """A device without numbers: whatever is not moved there would meet what is, which PyTorch refuses. `held`:
+    """A device without numbers: what is not moved there would meet what is, which PyTorch refuses. `held`:
     where the pictures lie, on the device or, for want of room, beside it."""
     load = loader(smooth_pictures(8, 48, 48), batch_size=8, machine=CPU._replace(device=torch.device("meta")))
     load.pictures = load.pictures._replace(pixels=load.pictures.pixels.to(held))
@@ -691,7 +695,8 @@ def test_all_is_moved_to_the_device(held):
         model = MIMJEPA(load.recipe)
     loss, target = model(*views, visible, return_target=True)
     loss.backward()
-    assert {x.device.type for x in (views, visible, loss, target)} == {"meta"} and views.shape == (2, 8, 3, 32, 32)
+    assert {x.device.type for x in (views, visible, loss, target)} == {"meta"}
+    assert views.shape == (2, 8, 3, 32, 32)
 
 def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_takes_every_picture_once():
     pixels = smooth_pictures(20, 32, 32)
@@ -707,7 +712,8 @@ def test_pictures_to_pretrain_on_are_chosen_at_random_and_from_the_split_that_wa
     pictures = load("animals")
 
     def rows(**settings):
-        return train.choose_rows(pictures, train.Recipe(dataset="folder", data_dir="animals", **settings)).tolist()
+        recipe = train.Recipe(dataset="folder", data_dir="animals", **settings)
+        return train.choose_rows(pictures, recipe).tolist()
 
     some, others = rows(pictures=10), rows(pictures=10, seed=1)
     assert len({*some}) == 10 and some != others and max(some) > 15 and some != sorted(some)
@@ -732,7 +738,7 @@ def same_run(first, second):
     """Whether two checkpoints hold the same run, bit for bit (times aside)."""
     kept = []
     for saved in (load_checkpoint(f"{name}/ckpt.pt") for name in (first, second)):
-        rows = [[row[name] for name in train.COLUMNS[:7]] for row in saved.pop("history")]
+        rows = [[*row.values()][:7] for row in saved.pop("history")]
         del saved["seconds"]
         kept.append(tree_leaves((saved, rows)))
     pairs = [torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*kept)]
@@ -783,17 +789,17 @@ def test_a_step_of_training_is_the_papers():
         assert torch.allclose(value, saved["model"][name], atol=1e-6), name
 
 def test_a_run_is_saved_on_the_clock_and_its_speed_is_measured_in_pictures_per_second(monkeypatch):
-    """Saved at an epoch's end after a minute, at --keep-every, at the end. Epochs take 35 s, one 98 s."""
+    """Saved once a minute, at --keep-every, at the end. Steps take 7 s, the first one 70; an epoch has five."""
     clock, saved, save = SimpleNamespace(now=1000.0), [], train.save
-    clock.monotonic = lambda: clock.now
+    clock.perf_counter = lambda: clock.now
     at_each_step(monkeypatch, lambda step: setattr(clock, "now", clock.now + (70 if step == 1 else 7)))
     monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "save", lambda *a, **k: (save(*a, **k), saved.append((clock.now - 1063) / 35)))
+    monkeypatch.setattr(train, "save", lambda *a, **k: (save(*a, **k), saved.append(k["step"])))
     trained("--epochs 9 --keep-every 4")
-    assert saved == [1, 3, 4, 6, 8, 9] and load_checkpoint("run/ckpt-0004.pt")["step"] == 20
+    assert saved == [1, 10, 19, 20, 29, 38, 40, 45] and load_checkpoint("run/ckpt-0004.pt")["step"] == 20
     assert sorted(os.listdir("run")) == ["ckpt-0004.pt", "ckpt-0008.pt", "ckpt.pt", "metrics.csv"]
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
-    assert rows.dtype.names == train.COLUMNS and np.isfinite(rows.tolist()).all()
+    assert rows.dtype.names[:3] == ("epoch", "step", "loss") and np.isfinite(rows.tolist()).all()
     assert rows["epoch"].tolist() == [*range(1, 10)] and np.allclose(rows["step"], 5 * rows["epoch"])
     assert np.allclose(rows["seconds"], 63 + 35 * rows["epoch"]) and np.allclose(rows["images_per_s"], 8 / 7)
 
@@ -847,8 +853,9 @@ def test_a_signal_ends_at_once_before_training_heeds_it_and_when_it_comes_twice(
         def main(stop):
             stop.heeded = {again}
             signal.raise_signal(15)
-            assert stop.heeded
-            signal.raise_signal(1)
+            signal.raise_signal(1)  # a terminal that closes may send two
+            assert stop.heeded and stop.signal == 15
+            signal.raise_signal(2)
             print("still there")
         train.run(main)"""
     done = python("-c", program)
@@ -860,7 +867,8 @@ def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_p
     resume = "--resume --device cpu --out run --max-steps".split()
     assert train.main([*resume, "2"]) == 0 and load_checkpoint("run/ckpt.pt")["step"] == 2
     Path("photos").rename("moved")
-    assert train.main([*resume, "3", "--data-dir", "moved"]) == 0 and load_checkpoint("run/ckpt.pt")["step"] == 3
+    assert train.main([*resume, "3", "--data-dir", "moved"]) == 0
+    assert load_checkpoint("run/ckpt.pt")["step"] == 3
     before, picture = Path("run/ckpt.pt").read_bytes(), Path("moved/test/species 0/21.png")
     for flags, says in (("", "--resume"), ("--resume --dim 32", "dim"), ("--resume --seed 1", "seed")):
         assert says in refused(train, *flags.split(), "--dataset", "folder", "--out", "run")
@@ -957,6 +965,8 @@ def test_accuracies_by_hand_and_neighbours_that_vote_by_similarity():
     [scores] = probing.knn(points, torch.tensor([0, 1, 1, 2]), torch.tensor([[2.0, 0.0]]), classes=3, k=3)
     votes = [math.exp(1 / 0.07), sum(math.exp(1 / math.hypot(1, x) / 0.07) for x in (0.5, 0.6)), 0]
     assert scores.tolist() == pytest.approx(votes, rel=1e-3)
+    circle = torch.tensor([[1.0, 0.1 * i] for i in range(12)])  # by default ten vote: one for 0, nine for 1
+    assert probing.knn(circle, torch.tensor([0] + 9 * [1] + 2 * [2]), circle[:1], classes=3).argmax() == 1
     # A dark picture of class 1 has ten dark neighbours, all of class 0: its class is not even in the top 5.
     data, config = data_of([50] * 10 + [200, 50], [0] * 10 + [1, 1], 11), replace(STILL, image_size=32)
     features = probing.Features(Encoder(config), data.loader, CPU)
@@ -1055,13 +1065,15 @@ def test_the_encoders_that_are_compared_are_the_trained_one_and_that_of_step_0(m
 
 def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoint(capsys, monkeypatch):
     drawn, draw = {}, probing.save_curves
-    monkeypatch.setattr(probing, "save_curves", lambda p, *a: (draw(p, *a), drawn.update({p.name + p.parent.name: a})))
+    spy = lambda p, *a: (draw(p, *a), drawn.update({p.name + p.parent.name: a}))  # noqa: E731
+    monkeypatch.setattr(probing, "save_curves", spy)
     for seed in "12":
         trained(f"--seed {seed} --keep-every 1", seed)
     files = [f"{run}/ckpt{tag}" for run in "12" for tag in ("-0001", "-0002", "-0003", "")]
     capsys.readouterr()
     again = os.path.abspath("1/ckpt.pt")  # counts once
-    probing.main(["1/ckpt*.pt", "2/ckpt*.pt", again, "--epochs", "1", "--device", "cpu"])  # as cmd passes them on
+    # Patterns are passed on as they are by Windows.
+    probing.main(["1/ckpt*.pt", "2/ckpt*.pt", again, "--epochs", "1", "--device", "cpu"])
     single, table = capsys.readouterr().out.split("mean ± standard deviation of 2 runs")
     reports = {file: json.load(open(f"{file.replace('ckpt', 'eval')}.json"))["results"] for file in files}
     for name in ("trained", "untrained"):
@@ -1075,7 +1087,8 @@ def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoin
     accuracy = panels["accuracy, top-1 in %"]
     assert accuracy["linear"] == ([1, 2, 3], course) and panels["loss"]["loss"][0] == [1, 2, 3]
     assert accuracy["linear, untrained"][1] == [reports["1/ckpt"]["untrained"]["linear"][0]] * 2
-    assert {path.stem for path in Path("1").glob("*.png")} >= {"probes", "curves", "views", "pca", "leak-0001", "neighbours"}
+    drawings = {"probes", "curves", "views", "pca", "leak-0001", "neighbours"}
+    assert {path.stem for path in Path("1").glob("*.png")} >= drawings
 
 def test_what_is_measured_is_kept_when_the_long_rest_is_stopped(monkeypatch, capsys):
     trained()
@@ -1086,8 +1099,10 @@ def test_what_is_measured_is_kept_when_the_long_rest_is_stopped(monkeypatch, cap
 
 def test_leak_png_shows_a_hole_that_stays_and_one_that_fills_and_views_png_what_is_hidden(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(probing, "save_grid", lambda path, titles, rows, notes=(): drawn.update({path: (rows, notes)}))
-    load, there = loader(smooth_pictures(8, 96, 96), batch_size=8, side=96), torch.zeros(1, 36, dtype=torch.bool)
+    spy = lambda path, titles, rows, notes=(): drawn.update({path: (rows, notes)})  # noqa: E731
+    monkeypatch.setattr(probing, "save_grid", spy)
+    load = loader(smooth_pictures(8, 96, 96), batch_size=8, side=96)
+    there = torch.zeros(1, 36, dtype=torch.bool)
     there[:, [14, 15, 20, 21]] = True
     image, hole = probing.central_views(load, load.rows[:1]), ~enlarged(there, 96)[0, 0]
     probing.draw_leak("leak", Tokenizer(SMALL), load, image, there)
@@ -1120,7 +1135,7 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
         part(*(torch.randn(shape) for shape in shapes))
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--dataset cats", "dataset is 'cats'"), ("--dataset folder --data-dir nowhere", "nowhere"), ("--what", "--what"),
+    ("--dataset cats", "dataset is 'cats'"), ("--data-dir nowhere", "nowhere"), ("--what", "--what"),
     ("--epochs 0", "epochs"), ("--epochs many", "--epochs"), ("--lr -1", "lr"), ("--lr nan", "lr"),
     ("--image-size 100", "image_size is"), ("--image-size 16", "image_size is"), ("--dim 30", "dim is"),
     ("--heads 5", "dim is"), ("--depth 0", "depth is"), ("--predictor-depth -1", "predictor_depth is"),
@@ -1128,11 +1143,11 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
     ("--mask-ratio 1", "mask_ratio is"), ("--mask-ratio nan", "mask_ratio is"), ("--dropout 1", "dropout is"),
     ("--attention-dropout 2", "attention_dropout"), ("--drop-path -1", "drop_path"), ("--seed -1", "seed"),
     ("--batch-size 1", "batch_size"), ("--batch-size 50000", "--batch-size"), ("--device tpu9", "tpu9"),
-    ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps -1", "max-steps"),
+    ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps -1", "max-st"),
     ("--out /dev/null/run", "/dev/null/run"), ("--out .", "is there"), (".", "cannot read ."),
     ("none.pt", "cannot read none.pt"), ("none.pt --epochs -1", "epochs"), ("none.pt --labels -1", "labels"),
     ("--dataset critters --data-dir .", "leave out --data-dir"), ("--data-dir .", "no pictures in"),
-    ("--dataset folder", "no folder data"), ("pictures", "unrecognized arguments"), ("--data_dir .", "--data_dir"),
+    ("--dataset folder", "no folder data"), ("pictures", "unrecognized"), ("--data_dir .", "--data_dir"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(arguments, says):
     program = train if arguments.startswith(("--", "pictures")) else probing
@@ -1164,8 +1179,8 @@ def test_the_programs_as_programs_in_a_notebook_and_with_letters_that_the_termin
                 return len(text)
         sys.argv, sys.stdout = sys.argv[1:], Stream()
         runpy.run_path(sys.argv[0], run_name="__main__")"""
-    for program, arguments in (("train.py", [*command, "run"]), ("eval.py", ["run/ckpt.pt", "--epochs", "0"])):
-        done = python("-c", notebook, HERE / program, *arguments)
+    for program in (["train.py", *command, "run"], ["eval.py", "run/ckpt.pt", "--epochs", "0"]):
+        done = python("-c", notebook, HERE / program[0], *program[1:])
         assert done.returncode == 0, done
 
 def test_a_folder_belongs_to_one_run_and_a_tilde_is_ones_home(monkeypatch, tmp_path):
@@ -1190,7 +1205,7 @@ def test_a_table_that_is_open_elsewhere_is_a_warning_and_a_checkpoint_is_tried_a
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", busy)
-    monkeypatch.setattr(train, "time", SimpleNamespace(sleep=int, monotonic=train.time.monotonic))
+    monkeypatch.setattr(train, "time", SimpleNamespace(sleep=int, perf_counter=train.time.perf_counter))
     assert trained("--max-steps 2")["step"] == 2 and tries[:3] == ["ckpt.pt"] * 3
     assert "warning: cannot write run/metrics.csv" in capsys.readouterr().out
     assert os.listdir("run") == ["ckpt.pt"]
@@ -1210,8 +1225,8 @@ def test_trouble_in_a_run_is_one_line_and_leaves_what_was_saved_alone(monkeypatc
     (lambda c: "a weight's bit", "run/ckpt.pt is damaged"), (lambda c: "cut", "run/ckpt.pt is damaged"),
     (lambda c: c.update(format=Path("x")), "run/ckpt.pt is damaged"),  # to unpickle an object can run code
     (lambda c: c.update(format="scott-mim-jepa 0"), "this version"), (lambda c: c.update(model={}), "_token"),
-    (lambda c: c["recipe"].update(epochs="3"), "epochs is '3'"), (lambda c: c["recipe"].update(lr=-1.0), "lr is"),
-    (lambda c: c.update(recipe=[]), "this version"),
+    (lambda c: c["recipe"].update(epochs="3"), "epochs is"), (lambda c: c["recipe"].update(lr=-1.0), "lr is"),
+    (lambda c: c.update(recipe=[]), "this version"), (lambda c: c["recipe"].update(new=1), "this version"),
     (lambda c: c.update(optimizer={}), "to go on"), (lambda c: c.update(step="many"), "this version"),
 ])  # fmt: skip
 def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(damage, says):

@@ -43,16 +43,13 @@ from tqdm import tqdm
 
 from scott import FORMAT, MIMJEPA, Config, InputError, load_checkpoint, sample_masks, target_deviation
 
-# ============================================================================================================
-# Part 1: the method
-# ============================================================================================================
+# ==== Part 1: the method ====================================================================================
 
 # ---- Recipe: what defines a run, and a flag for each entry (batch_size is --batch-size) --------------------
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """The settings of the model, from Config, and these. The defaults are the paper's; those of a small data
-    set are in DIFFERS. What no flag should change are defaults further down: schedules, colours, crops."""
+    """The settings of the model, from Config, and these. The defaults are the paper's, or in DIFFERS."""
 
     dataset: str = "critters"  # "critters", a name in LIBRARY (part 2), "imagenet100" or "folder"
     data_dir: str = "data"  # where the pictures are, or will be downloaded to
@@ -81,14 +78,12 @@ class Recipe(Config):
         self.require("dataset", self.dataset in names, f"one of {', '.join(names)}")
         self.require("pretrain_split", self.pretrain_split in ("all", "train"), "all or train")
 
+SMALL = dict(image_size=64, dim=128, depth=4, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
+             batch_size=32, lr=3e-4, momentum=0.99)  # fmt: skip
 DIFFERS = {  # where the defaults of a data set are not the paper's, but what two CPU cores can do
-    "critters": dict(image_size=64, cache_side=64, dim=128, depth=4, dropout=0.0, attention_dropout=0.0,
-                     drop_path=0.0, mask_ratio=0.5, pictures=8000, epochs=13, batch_size=32, lr=3e-4,
-                     momentum=0.99, probe_epochs=4),
-    "imagenette": dict(image_size=64, cache_side=160, dim=128, depth=4, dropout=0.0, attention_dropout=0.0,
-                       drop_path=0.0, pretrain_split="train", epochs=120, batch_size=32, lr=3e-4,
-                       momentum=0.99, probe_epochs=10),
-}  # fmt: skip
+    "critters": SMALL | dict(cache_side=64, mask_ratio=0.5, pictures=8000, epochs=13, probe_epochs=4),
+    "imagenette": SMALL | dict(cache_side=160, pretrain_split="train", epochs=120, probe_epochs=10),
+}
 
 # ---- One step of training: all the rest serves it ----------------------------------------------------------
 
@@ -96,12 +91,11 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
     """One step of MIM-JEPA.  → loss and target_std, two scalars on the device
 
     views [2, B, 3, H, H]: both of the same pictures; visible bool [B, N]: what the context encoder sees of
-    the first; schedule: (learning rate, weight decay, momentum); scaler: of fp16's gradients, else idle;
-    autocast(): the context in which matrix products are taken in half precision.
+    the first; schedule: (learning rate, weight decay, momentum); scaler: of fp16's gradients, else idle.
     """
     lr, weight_decay, momentum = schedule
     set_schedule(optimizer, lr, weight_decay)
-    with autocast():
+    with autocast():  # matrix products in half precision
         # The target from the whole of view 2 (no gradient), its prediction from the visible part of view 1,
         # and how far they are apart in the hidden places: MIMJEPA.forward, in scott.py.
         loss, target = model(views[0], views[1], visible, return_target=True)
@@ -116,9 +110,8 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
 
 def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, end_lr=1e-5, flat=0.72,
               start_decay=0.04, end_decay=0.4, start_momentum=0.996, end_momentum=1.0):  # fmt: skip
-    """(learning rate, weight decay, EMA momentum) of step 1 … total_steps. The learning rate climbs in a
-    line, stays at its peak for the share `flat` of the steps after warm-up, and falls along half a cosine.
-    The others are lines."""
+    """(learning rate, weight decay, EMA momentum) of step 1 … total_steps. The first climbs in a line, keeps
+    its peak for the share `flat` of the steps after warm-up, and falls along half a cosine."""
     done = step / total_steps
     weight_decay = start_decay + done * (end_decay - start_decay)
     momentum = start_momentum + done * (end_momentum - start_momentum)
@@ -162,18 +155,18 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
-def crop_one_by_one(pixels, crops, mirrored, out):
-    """Cut a crop out of each picture and scale it by antialiased bicubic interpolation; the CPU's way.
-    pixels uint8 [B, 3, S, S], crops [B, 4], mirrored bool [B]  →  [B, 3, out, out], from 0 to 1"""
-    images = torch.empty(len(crops), 3, out, out, dtype=torch.uint8)
-    for image, picture, (left, top, width, height) in zip(images, pixels, crops.int().tolist()):
-        crop = picture[None, :, top : top + height, left : left + width]
-        image[:] = F.interpolate(crop, (out, out), mode="bicubic", antialias=True)[0]
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images) / 255
+def crop_one_by_one(pixels, drawn, views, out):
+    """Cut crops, and scale them by antialiased bicubic interpolation, on a CPU. pixels uint8 [n, 3, S, S],
+    drawn [B, 6]: which picture, left, top, width, height, mirrored → [views·B, 3, out, out], 0 to 1"""
+    images = torch.empty(len(drawn), 3, out, out, dtype=torch.uint8)
+    for image, (row, left, top, width, height, mirrored) in zip(images, drawn.int().tolist()):
+        crop = pixels[row, None, :, top : top + height, left : left + width]
+        crop = F.interpolate(crop, (out, out), mode="bicubic", antialias=True)[0]
+        image[:] = crop.flip(2) if mirrored else crop
+    return images.repeat(views, 1, 1, 1) / 255
 
 def crop_by_matrices(pixels, drawn, views, out):
-    """The same as two matrix products per picture, for columns and rows: a GPU does all pictures at once.
-    pixels [n, 3, S, S]; drawn [B, 6]: which of them, the crop, mirrored  →  [views·B, 3, out, out]"""
+    """The same as two matrix products per picture, for columns and rows: a GPU does all at once."""
     side = pixels.shape[-1]
     start, length = drawn[:, 1:5].T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
     scale, pixel = length / out, torch.arange(0.5, side, device=drawn.device)
@@ -220,8 +213,7 @@ def blur(images, sigma):
     identity = torch.eye(side, device=images.device)[None]
     shifted = F.pad(identity, (4, 4), mode="reflect").unfold(2, 9, 1)[0]  # [H, H, 9]
     matrix = (shifted @ weights.T).permute(2, 1, 0)[:, None]  # [B, 1, H, H]: the blurred identity
-    rows_blurred = matrix @ images
-    return (rows_blurred.flatten(1, 2) @ matrix[:, 0].mT).view_as(images)
+    return matrix @ images @ matrix.mT
 
 # A view is changed with probability 0.6, and then by each group of operations with the group's own.
 CHANGED, GROUPS = 0.6, {"jitter": 0.8, "grey": 0.1, "blur": 0.3}
@@ -315,14 +307,13 @@ class Loader:
         return images.unflatten(0, (self.views, B)), visible, rows
 
     def crop(self, rows, drawn, views=1):
-        """Crops, from 0 to 1, each `views` times. drawn [B, 6]: row, left, top, width, height, mirrored"""
+        """Crops [views·B, 3, H, H]; rows: of which pictures; drawn: see crop_one_by_one, on the device."""
         pixels, side = self.pictures.pixels, self.recipe.image_size
         if self.device.type == "cpu":
-            images = crop_one_by_one(pixels[rows], drawn[:, 1:5], drawn[:, 5] == 1, side)
-            return images.repeat(views, 1, 1, 1)
+            return crop_one_by_one(pixels, drawn, views, side)
         if pixels.device.type == "cpu":  # the GPU has no room for all pictures: it gets these
             pixels, drawn = self.to_device(pixels[rows]), drawn.clone()
-            drawn[:, 0] = torch.arange(len(rows))
+            drawn[:, 0] = torch.arange(len(rows), device=self.device)
         return self.crop_by_matrices(pixels, drawn, views, side)
 
     def to_device(self, tensor):
@@ -358,19 +349,20 @@ def main(argv=None, stop=None):
         model.compile(fullgraph=True, mode="reduce-overhead")
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    tqdm.write(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}, "
+    say(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}, "
                f"{parameters:.1f} M parameters\nThe loss says little. target_std dips while the learning "
                "rate climbs, then stays at 0.6 to 0.9; below 0.1 by then is a collapse.")  # fmt: skip
 
     stop.heeded = True  # from here on a signal waits until its step is whole
-    first, saved_at, row_at = step + 1, time.monotonic(), step - step % per_epoch % ROW
+    first, saved_at, row_at = step + 1, time.perf_counter(), step - step % per_epoch % ROW
     started, lap = saved_at - seconds, (0, math.nan)
     pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
-              mininterval=pause) as bar:  # fmt: skip
+              mininterval=pause, maxinterval=pause) as bar:  # fmt: skip
         for step in range(first, last_step + 1):
-            if step == first + 3:  # by now everything is compiled: speed is measured from here on
-                lap = step - 1, time.monotonic()
+            if step == first + 3:  # by now everything is compiled: when it is done, speed is measured
+                sums.tolist()
+                lap = step - 1, time.perf_counter()
             views, visible, _ = loader.batch(step)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
                                  start_momentum=recipe.momentum)  # fmt: skip
@@ -381,33 +373,36 @@ def main(argv=None, stop=None):
                 bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *pair))
             epoch, rest = divmod(step, per_epoch)
             end = stop.signal or step == last_step
-            if rest % ROW and not end:
+            if rest % ROW and not end and time.perf_counter() - saved_at < 60:
                 continue
-            means, now = sums / (step - row_at), time.monotonic()
+            means, now = (sums / (step - row_at)).tolist(), time.perf_counter()  # here we wait for the device
             speed = (step - lap[0]) * recipe.batch_size / (now - lap[1])  # images per second
             rows_now = [*history, summary(step, per_epoch, means, schedule, speed, now - started)]
-            lap = (step, time.monotonic()) if step > first + 2 else lap
+            lap = (step, time.perf_counter()) if step > first + 2 else lap
             if rest % ROW == 0:  # else it is a part of a row, which a resumed run makes whole
                 history, row_at = rows_now, step
                 sums.zero_()
             keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
             if end or keep or now - saved_at > 60:
                 files = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
-                save(out, files, parts, rows_now, recipe=asdict(recipe), step=step, seconds=now - started,
-                     history=history, sums=sums, pictures=names)  # fmt: skip
-                saved_at = time.monotonic()
+                save(out, files, parts, rows_now, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
+                     seconds=now - started, history=history, sums=sums, pictures=names)  # fmt: skip
+                saved_at = time.perf_counter()
             if end:
                 break
     if stop.signal and step < last_step:
-        tqdm.write(f"stopped and saved at step {step:,}; go on with --resume")
+        say(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + stop.signal
-    tqdm.write(f"saved: {out / 'ckpt.pt'} is at step {step:,} of {total_steps:,}. "
+    say(f"saved: {out / 'ckpt.pt'} is at step {step:,} of {total_steps:,}. "
                f"Next: python eval.py {out / 'ckpt.pt'}")  # fmt: skip
     return 0
 
-# ============================================================================================================
-# Part 2: plumbing, skip it on a first reading
-# ============================================================================================================
+# ---- Part 2: plumbing, skip it on a first reading ----------------------------------------------------------
+
+def say(text, file=None):
+    """Print a line above the progress bar. Where nobody listens any more, the run goes on."""
+    with suppress(OSError):
+        tqdm.write(text, file=file)
 
 def generator_for(*key):
     """A torch.Generator for a key of whole numbers: the same key, the same draws. Keys: (seed, 0, epoch)
@@ -466,21 +461,11 @@ def draw_critter(species, seed, side=64):
             pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colours[colour])
     return canvas.rotate(tilt, fillcolor=background).resize((side, side), Image.Resampling.BOX)
 
-class Critters:
+def critters(count, seed, side):
     """A data set of `count` critters, side × side px, the species in turn."""
-
-    classes = SPECIES
-
-    def __init__(self, count, seed, side):
-        rng, self.side = random.Random(seed), side
-        self.seeds = [rng.getrandbits(32) for _ in range(count)]
-
-    def __len__(self):
-        return len(self.seeds)
-
-    def __getitem__(self, i):
-        species = i % len(SPECIES)
-        return draw_critter(species, self.seeds[i], self.side), species
+    rng = random.Random(seed)
+    drawn = [(i % len(SPECIES), rng.getrandbits(32)) for i in range(count)]
+    return Pairs([(one, one[0]) for one in drawn], SPECIES, lambda one: draw_critter(*one, side))
 
 # ---- Data sets: pictures[i] → (picture, label) -------------------------------------------------------------
 
@@ -495,7 +480,7 @@ def open_datasets(recipe):
     """The data sets that a recipe names. The last of several is for testing; a single one has no labels."""
     name, root, test = recipe.dataset, Path(recipe.data_dir).expanduser(), recipe.pictures // 4
     if name == "critters":
-        return [Critters(recipe.pictures - test, 0, recipe.cache_side), Critters(test, 1, recipe.cache_side)]
+        return [critters(recipe.pictures - test, 0, recipe.cache_side), critters(test, 1, recipe.cache_side)]
     if name not in LIBRARY:
         return open_folder(root, ("train", "val") if name == "imagenet100" else ("train", "val", "test"))
     kind, splits, count = LIBRARY[name]
@@ -508,22 +493,23 @@ def open_datasets(recipe):
         text = f"cannot get {name} into {root} ({reason})"
         raise InputError(f"{text}. Mend that, delete what is there of it, and start again") from None
     if (found := sum(map(len, parts))) != count:
-        tqdm.write(f"warning: of the {count:,} pictures of {name}, {root} has {found:,}")
+        say(f"warning: of the {count:,} pictures of {name}, {root} has {found:,}")
     return parts
 
 @dataclass
-class Files:
-    """A data set of picture files."""
+class Pairs:
+    """A data set as a list: of (path or what else `read` makes a picture of, label or −1)."""
 
-    samples: list  # of (path, label), −1 for none
+    samples: list
     classes: list  # their names
+    read: callable
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, i):
-        path, label = self.samples[i]
-        return open_picture(path), label
+        source, label = self.samples[i]
+        return self.read(source), label
 
 def find_pictures(root):
     """(the pictures below a folder, in order; how many files are none, by ending). Links are followed, but no
@@ -538,8 +524,8 @@ def find_pictures(root):
         if real in seen or "ckpt.pt" in files:
             folders[:], files = [], []
         seen.add(real)
-        folders[:] = filter(is_data, folders)
-        for path in (Path(parent, name) for name in filter(is_data, files)):
+        folders[:] = sorted(filter(is_data, folders))
+        for path in (Path(parent, name) for name in sorted(filter(is_data, files))):
             if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
                 found.setdefault(os.path.realpath(path), path)
             else:
@@ -555,7 +541,7 @@ def labelled_files(folder):
     names = [path.relative_to(folder).parts[0] for path in paths]  # the class, or a loose file's own name
     classes = sorted({name for name, path in zip(names, paths) if name != path.name})
     number = {name: i for i, name in enumerate(classes)}
-    return Files([(path, number.get(name, -1)) for path, name in zip(paths, names)], classes)
+    return Pairs([(path, number.get(name, -1)) for path, name in zip(paths, names)], classes, open_picture)
 
 def open_folder(root, splits):
     """[train/<class>/…, val/<class>/… or test/<class>/…], or all pictures in one, without labels."""
@@ -568,12 +554,12 @@ def open_folder(root, splits):
     if len(parts) == 1 or not train.classes:
         if "test" not in splits:
             raise InputError(f"{root} has no labels. {LAYOUT}")
-        parts = [Files([(path, -1) for path in found], [])]
+        parts = [Pairs([(path, -1) for path in found], [], open_picture)]
     if any(part.classes != parts[0].classes for part in parts):
         raise InputError(f"{', '.join(splits)} in {root} need pictures in the same folders, one per class")
     passed[f"outside {', '.join(splits)}"] = len(found) - sum(map(len, parts))
     if passed := [f"{count} files {what}" for what, count in passed.items() if count > 0]:
-        tqdm.write(f"passed over {'; '.join(passed)}")
+        say(f"passed over {'; '.join(passed)}")
     return parts
 
 def choose_rows(pictures, recipe):
@@ -648,24 +634,25 @@ def load_pictures(recipe, folder, device):
     parts, side = open_datasets(recipe), recipe.cache_side
     pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
     record = np.dtype([("label", "i8"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
-    names, key = identify(parts, recipe.data_dir)
+    names, key, place = identify(parts, Path(recipe.data_dir).expanduser())
     if recipe.dataset == "critters":  # drawn in seconds: nothing to keep
         records = np.stack([*decode_all(pictures, record)])
     else:
-        path = folder / f"{recipe.dataset}-{side}-{key}{STORE}"
+        path = folder / f"{recipe.dataset}-{side}-{place}-{key}{STORE}"
         records = open_store(path, record, pictures)
         bad, reasons = np.flatnonzero(records["size"][:, 0] == 0).tolist(), []
-        for i in bad:
+        for i in bad[:40]:
             try:
                 pictures[i]
             except Exception as error:
                 reasons.append(ascii(str(error) or type(error).__name__)[1:-1])  # a name may hold anything
-        text = f"{len(bad)} of {len(pictures)} files, which cannot be used: {'; '.join(reasons[:40])}"
-        if bad and not recipe.skip_bad_images:
-            path.unlink()  # they may be mended by the next time
+        text = f"{len(bad)} of {len(pictures)} files, which cannot be used: {'; '.join(reasons)}"
+        if not recipe.skip_bad_images and bad or len(reasons) < len(bad[:40]):
+            records = None  # Windows removes no file that is mapped
+            path.unlink()  # they may be mended by the next time; some can even be read by now
             raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
         if bad:
-            tqdm.write(f"left out {text}")
+            say(f"left out {text}")
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
     with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
         pixels = torch.from_numpy(records["pixels"])
@@ -676,13 +663,15 @@ def load_pictures(recipe, folder, device):
     return Pictures(pixels, sizes, labels, train, names)
 
 def identify(parts, data_dir):
-    """Two digests: of the names of the pictures; and of these and of what changes when a file does."""
+    """Digests of the pictures' names, of these and of what changes when a file does, and of the place."""
     names, stamps = [f"{len(part)} pictures" for part in parts], []
-    for path, _ in (sample for part in parts if isinstance(part, Files) for sample in part.samples):
+    files = [part.samples for part in parts if getattr(part, "read", None) is open_picture]
+    for path, _ in sum(files, []):
         names.append(Path(os.path.relpath(path, data_dir)).as_posix())
         info = os.stat(path) if path.exists() else None
         stamps.append(info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-    return [hashlib.sha256(ascii(things).encode()).hexdigest()[:16] for things in (names, names + stamps)]
+    contents = names, names + stamps, str(data_dir.resolve())
+    return [hashlib.sha256(ascii(content).encode()).hexdigest()[:16] for content in contents]
 
 def decode(pictures, record, i):
     """The record of a picture. Its size stays 0 × 0 if it cannot be read."""
@@ -709,7 +698,7 @@ def open_store(path, record, pictures):
             return records
     building = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may build the same
     size = record.itemsize * len(pictures) / 1e9
-    tqdm.write(f"decoding {len(pictures):,} pictures once, to {size:.2f} GB in {path.parent}")
+    say(f"decoding {len(pictures):,} pictures once, to {size:.2f} GB in {path.parent}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(building, "wb") as file:
@@ -729,12 +718,10 @@ def open_store(path, record, pictures):
 # ---- What a run leaves: checkpoints and records ------------------------------------------------------------
 
 ROW = 50  # steps, at most: an epoch has a row at its end, and after each 50 steps
-COLUMNS = ("epoch", "step", "loss", "learning_rate", "weight_decay", "momentum", "target_std",
-           "images_per_s", "seconds")  # fmt: skip
 
 def write_file(path, write):
     """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
-    content, building = io.BytesIO(), path.with_name(path.name + ".tmp")
+    content, building = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
     write(content)  # into memory, so that only the disk can fail below
     try:
         with open(building, "wb") as file:
@@ -754,24 +741,25 @@ def write_file(path, write):
 
 def summary(step, per_epoch, means, schedule, speed, seconds):
     """A row of metrics.csv: of the steps since the last one."""
-    loss, deviation = means.tolist()
+    loss, deviation = means
     if not math.isfinite(loss):
         raise InputError(f"the loss is not finite by step {step:,}: lower --lr, or try --precision fp32")
     if deviation < 0.1:
-        tqdm.write(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
-    return dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed, seconds)))
+        say(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
+    lr, weight_decay, momentum = schedule
+    return dict(epoch=step / per_epoch, step=step, loss=loss, learning_rate=lr, weight_decay=weight_decay,
+                momentum=momentum, target_std=deviation, images_per_s=speed, seconds=seconds)  # fmt: skip
 
 def save(out, names, parts, rows, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
     state |= {name: part.state_dict() for name, part in parts.items()} | {"format": FORMAT}
     for name in names:
         write_file(out / name, partial(torch.save, state))
-    rows = [[*row.values()] for row in rows]
+    how = dict(fmt="%.9g", delimiter=",", header=",".join(rows[0]), comments="")
     try:
-        write_file(out / "metrics.csv", partial(np.savetxt, X=rows, fmt="%.9g", delimiter=",",
-                                                header=",".join(COLUMNS), comments=""))  # fmt: skip
+        write_file(out / "metrics.csv", partial(np.savetxt, X=[[*row.values()] for row in rows], **how))
     except InputError as error:  # a spreadsheet has it open, say: no reason to stop
-        tqdm.write(f"warning: {error}")
+        say(f"warning: {error}")
 
 def restore(saved, parts, pictures):
     """Put all that changes in training back to where `save` found it.  → step, seconds, history, sums"""
@@ -837,9 +825,15 @@ PLACES = "data_dir", "cache_dir", "skip_bad_images"  # of a recipe: these may ch
 def default_recipe(given):
     """The recipe with these settings. Whoever names a folder, and no data set, means the folder."""
     dataset = given.get("dataset", "folder" if "data_dir" in given else "critters")
-    if dataset == "critters" and "data_dir" in given:
-        raise InputError("critters are drawn, not read: leave out --data-dir, or name another --dataset")
+    if dataset == "critters" and {"data_dir", "cache_dir"} & {*given}:
+        raise InputError("critters are drawn: leave out --data-dir and --cache-dir, or name a --dataset")
     return Recipe(**DIFFERS.get(dataset, {}) | given | {"dataset": dataset})
+
+def recipe_of(saved):
+    try:
+        return Recipe(**saved["recipe"])
+    except TypeError as error:
+        raise InputError(f"the checkpoint's recipe is not of this version ({error})") from None
 
 def open_run(args, given):
     """(recipe, folder, None) of a new run, or with the checkpoint of the one that is to go on."""
@@ -851,10 +845,10 @@ def open_run(args, given):
         if kept:
             raise InputError(f"{kept[-1]} is there, but no ckpt.pt: copy it to that name to go on from it")
         if args.resume:
-            tqdm.write(f"there is no {path} yet: starting from the beginning")
+            say(f"there is no {path} yet: starting from the beginning")
         return default_recipe(given), out, None
     saved = load_checkpoint(path)
-    recipe = Recipe(**saved["recipe"])
+    recipe = recipe_of(saved)
     for name, value in given.items():
         if name not in PLACES and value != getattr(recipe, name):
             raise InputError(f"{path} has {name} {getattr(recipe, name)}, not {value}: name another --out")
@@ -886,8 +880,9 @@ def choose_machine(args):
     compile = args.compile
     if compile is None:
         compile = cuda and importlib.util.find_spec("triton") is not None  # which Windows lacks
+        compile = compile and torch.cuda.get_device_capability(device) >= (7, 0)  # what Triton needs
     how = "compiled" if compile else "not compiled"
-    tqdm.write(f"{device} (bf16 in hardware: {has_bf16}), {precision}, {how}")
+    say(f"{device} (bf16 in hardware: {has_bf16}), {precision}, {how}")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     return Machine(device, dtype, compile, autocast)
@@ -898,9 +893,9 @@ def run(program):
     stop = SimpleNamespace(heeded=False, signal=0)
 
     def hear(number, frame):
-        if stop.signal or not stop.heeded:
+        if not stop.heeded or (stop.signal and number == signal.SIGINT):
             raise KeyboardInterrupt
-        stop.signal = number
+        stop.signal = stop.signal or number  # a closing terminal may say so twice
 
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has two of them
         number = getattr(signal, name)
@@ -918,7 +913,7 @@ def run(program):
         message = str(error).replace("\n", "\\n")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             message = f"out of memory; what was saved is whole. Try a lower --batch-size ({message})"
-        tqdm.write(f"error: {message}", file=sys.stderr)
+        say(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         stop.heeded = False  # a notebook goes on: its Ctrl-C interrupts again
