@@ -519,9 +519,8 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     images, visible = torch.randn(8, 3, 96, 96), sample_masks(8, grid=6)
     show("images", images, "noise; both views are the same here")
-    show("visible", visible, f"{visible[0].sum()} of 36 tokens of each image. The first mask (# is visible):")
-    for row in visible[0].view(6, 6).tolist():
-        print(" " * 32 + " ".join("#" if cell else "." for cell in row))
+    rows = ["".join("#" if cell else "." for cell in row) for row in visible[0].view(6, 6).tolist()]
+    show("visible", visible, f"{visible[0].sum()} of 36 tokens of each image; the first, row by row: {' '.join(rows)}")
     tokens = model.context_encoder.tokenizer(images, visible)
     show("tokens", tokens, f"largest number in a hidden place: {tokens[~visible].abs().max():g}")
     context = model.context_encoder(images, visible)
