@@ -271,7 +271,7 @@ COLOURS = "#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b"
 
 def save_grid(path, titles, rows, notes=(), tile=132):
     """Rows of tiles under titles: rows is {label: images [n, 3, H, H], 0 to 1}; notes: a text under each."""
-    left, top, line, foot = 150, 26, 18, 20 if notes else 4
+    left, top, line, foot = 150, 26, 18, 34 if notes else 4
     canvas = Image.new("RGB", (left + len(titles) * (tile + 4), top + len(rows) * (tile + foot)), "white")
     pen = ImageDraw.Draw(canvas)
     for x, title in enumerate(titles):
@@ -410,16 +410,17 @@ def read_arguments(argv):
     args = parser.parse_args(argv)
     return args, {name: value for name, value in vars(args).items() if name in ("dataset", *PLACES)}
 
-def print_table(results):
+def print_table(results, width=11):
     """A line for each probe and encoder. A figure is a number, or several, one for each run: then their mean
     and standard deviation are shown."""
-    print(f"\n{'probe':12}{'encoder':14}{'top-1':>15}{'top-5':>15}{'per class':>15}   (%, test split)")
+    titles = "".join(f"{title:>{width}}" for title in ("top-1", "top-5", "per class"))
+    print(f"\n{'probe':12}{'encoder':14}{titles}   (%, test split)")
     for probe in ("k-NN", "linear", *PROBES):
         for encoder, figures in results.items():
             if probe in figures:
                 texts = [f"{np.mean(f):.1f}" + (f" ± {np.std(f, ddof=1):.1f}" if np.size(f) > 1 else "")
                          for f in figures[probe]]  # fmt: skip
-                print(f"{probe:12}{encoder:14}" + "".join(f"{text:>15}" for text in texts))
+                print(f"{probe:12}{encoder:14}" + "".join(f"{text:>{width}}" for text in texts))
 
 def choose_data(recipe, given):
     """The recipe of the pictures to probe on: the run's own, elsewhere perhaps, or another data set."""
@@ -480,7 +481,8 @@ def probe_checkpoint(path, args, given, machine):
     features = {name: Features(encoder, loader, machine) for name, encoder in encoders.items()}
     if not args.no_pca:
         draw_run(place, saved, loader, features, source, machine)
-        print(f"drew {', '.join(map(str, written))}")
+        print(f"drew {', '.join(path.name for path in written)} in {Path(path).parent}")
+        written.clear()
     data = split_data(pictures, source, machine, args.labels)
     counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
     print(f"{source.dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
@@ -496,7 +498,7 @@ def probe_checkpoint(path, args, given, machine):
     if args.finetune:
         results["fine-tuned"] = supervise(load_encoder(saved, args.encoder), data, recipe, machine)
         report()
-    print(f"\nwrote {', '.join(map(str, dict.fromkeys(written)))}")
+    print(f"\nwrote {', '.join(path.name for path in dict.fromkeys(written))} in {Path(path).parent}")
     return saved["epoch"], saved["history"], results
 
 def draw_course(path, times):
@@ -525,7 +527,7 @@ def main(argv=None, stop=None):
     if len(runs) > 1:
         print(f"\nmean ± standard deviation of {len(runs)} runs, each at its last checkpoint")
         last = [times[max(times)][1] for times in runs.values()]
-        print_table({e: {p: [*zip(*(run[e][p] for run in last))] for p in last[0][e]} for e in last[0]})
+        print_table({e: {p: [*zip(*(run[e][p] for run in last))] for p in last[0][e]} for e in last[0]}, 15)
     return 0
 
 if __name__ == "__main__":

@@ -1079,7 +1079,7 @@ def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoin
     for name in ("trained", "untrained"):
         assert list(reports["1/ckpt"][name]) == ["k-NN", "linear", "simple", "multi-head", "cross"]
         for probe, row in reports["1/ckpt"][name].items():
-            assert f"{probe:12}{name:14}{row[0]:15.1f}{row[1]:15.1f}{row[2]:15.1f}" in single
+            assert f"{probe:12}{name:14}{row[0]:11.1f}{row[1]:11.1f}{row[2]:11.1f}" in single
             both = np.array([row[0], reports["2/ckpt"][name][probe][0]])
             assert f"{probe:12}{name:14}{f'{both.mean():.1f} ± {both.std(ddof=1):.1f}':>15}" in table
     panels, _ = drawn["probes.png1"]
