@@ -271,14 +271,13 @@ COLOURS = "#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b"
 
 def save_grid(path, titles, rows, notes=(), tile=132):
     """Rows of tiles under titles: rows is {label: images [n, 3, H, H], 0 to 1}; notes: a text under each."""
-    left, top, line, foot = 150, 26, 18, 34 if notes else 4
+    left, top, foot = 150, 26, 34 if notes else 4
     canvas = Image.new("RGB", (left + len(titles) * (tile + 4), top + len(rows) * (tile + foot)), "white")
     pen = ImageDraw.Draw(canvas)
     for x, title in enumerate(titles):
         pen.text((left + x * (tile + 4), 5), title, INK, WORDS)
     for y, (label, images) in enumerate(rows.items()):
-        for number, words in enumerate(label.split("\n")):
-            pen.text((6, top + y * (tile + foot) + number * line), words, INK, WORDS)
+        pen.text((6, top + y * (tile + foot)), label, INK, WORDS)
         for x, image in enumerate(images.cpu().nan_to_num().clamp(0, 1)):
             place = left + x * (tile + 4), top + y * (tile + foot)
             canvas.paste(to_pil_image(image).resize((tile, tile), Image.Resampling.NEAREST), place)

@@ -6,7 +6,7 @@
     python train.py --data-dir my/pictures
 
 Part 1 is the method: the settings of a run (`Recipe`), a step of training, schedules, views of pictures, the
-`Loader` that makes a batch, and `main`, which joins them. Part 2 is plumbing. For letters see scott.py.
+`Loader` that makes a batch, and `main`, which joins them. Part 2 is plumbing. Sizes (B, N, H): see scott.py.
 
 All that is random in step t is drawn from generators seeded with the run's seed and t (crops, colours, masks,
 dropout) or t's epoch (order of the pictures). So a run that was stopped goes on as if it had not been.
@@ -49,12 +49,12 @@ from scott import FORMAT, MIMJEPA, Config, InputError, load_checkpoint, sample_m
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """The settings of the model, from Config, and these. The defaults are the paper's, or in DIFFERS."""
+    """Config's settings, and these. Defaults are the paper's; `default_recipe` adds those in DIFFERS."""
 
     dataset: str = "critters"  # "critters", a name in LIBRARY (part 2), "imagenet100" or "folder"
     data_dir: str = "data"  # where the pictures are, or will be downloaded to
     cache_dir: str = ""  # where decoded pictures are kept; by default the folder "cache" in data_dir
-    cache_side: int = 320  # pixels: a decoded picture is kept as a square of this side
+    cache_side: int = 320  # pixels: a decoded picture is kept squeezed to a square of this side
     skip_bad_images: bool = False  # leave out files that cannot be read, instead of stopping
     pretrain_split: str = "all"  # "all": the test pictures too (never their labels), as the paper; or "train"
     pictures: int = 0  # how many to pretrain on, chosen at random; 0: all. Of critters: how many to draw
@@ -95,7 +95,7 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
     """
     lr, weight_decay, momentum = schedule
     set_schedule(optimizer, lr, weight_decay)
-    with autocast():  # matrix products in half precision
+    with autocast():  # matrix products in half precision, if it is on
         # The target from the whole of view 2 (no gradient), its prediction from the visible part of view 1,
         # and how far they are apart in the hidden places: MIMJEPA.forward, in scott.py.
         loss, target = model(views[0], views[1], visible, return_target=True)
@@ -142,15 +142,15 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     """Random resized crops, as torchvision's: uniform in their share of the area, log-uniform in aspect. They
     are drawn in true proportions, and given in pixels of the square of `side` that a picture is kept as.
     sizes [B, 2]: true width, height  →  long [B, 4]: left, top, width, height"""
-    B, shape = len(sizes), sizes[:, :1] / sizes[:, 1:]  # [B, 1], width / height of the whole picture
+    B, wide = len(sizes), sizes[:, :1] / sizes[:, 1:]  # [B, 1]: width / height of the whole picture
     area = torch.empty(B, tries).uniform_(*scale, generator=generator)
-    aspect = torch.empty(B, tries).uniform_(*map(math.log, ratio), generator=generator).exp() / shape
-    crop = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1)  # [B, tries, 2], shares
+    skew = torch.empty(B, tries).uniform_(*map(math.log, ratio), generator=generator).exp() / wide
+    crop = torch.stack([(area * skew).sqrt(), (area / skew).sqrt()], dim=-1)  # [B, tries, 2], shares
     fits = (crop <= 1).all(-1)  # [B, tries]
     crop = crop[torch.arange(B), fits.int().argmax(1)]  # [B, 2], the first try that fits
     any_fits = fits.any(1, keepdim=True)
     # If no try fits into the picture, the crop is the largest centred one of an allowed ratio.
-    largest = torch.cat([ratio[1] / shape, shape / ratio[0]], dim=1).clamp(max=1)
+    largest = torch.cat([ratio[1] / wide, wide / ratio[0]], dim=1).clamp(max=1)
     crop = (torch.where(any_fits, crop, largest) * side).round().clamp(min=1)
     place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
@@ -166,16 +166,16 @@ def crop_one_by_one(pixels, drawn, views, out):
     return images.repeat(views, 1, 1, 1) / 255
 
 def crop_by_matrices(pixels, drawn, views, out):
-    """The same as two matrix products per picture, for columns and rows: a GPU does all at once."""
+    """The same, by two matrix products per picture, columns and rows: a GPU does all at once."""
     side = pixels.shape[-1]
     start, length = drawn[:, 1:5].T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
     scale, pixel = length / out, torch.arange(0.5, side, device=drawn.device)
     centre = start[..., None] + torch.arange(0.5, out, device=drawn.device) * scale[..., None]  # of samples
-    x = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
-    x = x.clamp(max=2)  # from a sample to a pixel; further away nothing counts
-    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2  # the cubic kernel, a = −½
+    d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
+    d = d.clamp(max=2)  # the distance from a sample to a pixel; further away nothing counts
+    near, far = (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # the cubic kernel, a = −½
     inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S]
-    weights = torch.where(x < 1, near, far) * inside[:, :, None]
+    weights = torch.where(d < 1, near, far) * inside[:, :, None]
     across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
     images = (pixels[drawn[:, 0].long()] / 255).flatten(1, 2) @ across.mT  # [B, 3·S, out]
     images = images.clamp(0, 1).unflatten(1, (3, side))  # as uint8 arithmetic does between its two passes
@@ -207,7 +207,7 @@ def hue(images, shift):
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 
 def blur(images, sigma):
-    """9×9 Gaussian blur, a sigma for each image. Borders are reflected. As a matrix for rows and columns."""
+    """9×9 Gaussian blur, a sigma for each image. Borders are reflected. One matrix serves both axes."""
     side, offset = images.shape[-1], torch.arange(-4, 5, device=images.device)
     weights = torch.softmax(-0.5 * (offset / sigma.view(-1, 1)) ** 2, dim=1)  # [B, 9]
     identity = torch.eye(side, device=images.device)[None]
@@ -215,7 +215,7 @@ def blur(images, sigma):
     matrix = (shifted @ weights.T).permute(2, 1, 0)[:, None]  # [B, 1, H, H]: the blurred identity
     return matrix @ images @ matrix.mT
 
-# A view is changed with probability 0.6, and then by each group of operations with the group's own.
+# A view is changed with probability CHANGED; if so, each group of operations acts with its own.
 CHANGED, GROUPS = 0.6, {"jitter": 0.8, "grey": 0.1, "blur": 0.3}
 OPERATIONS = (  # group, function, the factor that changes nothing, the least and the most that is drawn
     ("jitter", brightness, 1.0, 0.6, 1.4),
@@ -228,8 +228,8 @@ OPERATIONS = (  # group, function, the factor that changes nothing, the least an
 NEUTRAL = torch.tensor([operation[2] for operation in OPERATIONS])
 
 def draw_colours(count, generator):
-    """The colours of `count` views: (order, factors [count, operations]). The order, drawn once for all
-    views, is a list of the groups, each a list of rows of OPERATIONS."""
+    """The colours of `count` views: (order, factors [count, operations]). The order, one for the batch, lists
+    the groups, each as a list of indices into OPERATIONS."""
     group_of, _, _, least, most = zip(*OPERATIONS)
     least, most, names = torch.tensor(least), torch.tensor(most), [*GROUPS]
     chosen = torch.rand(count, len(names), generator=generator) < torch.tensor([*GROUPS.values()])
@@ -299,7 +299,7 @@ class Loader:
         if self.views > 1:
             visible = sample_masks(B, recipe.grid, recipe.mask_ratio, recipe.masking, generator)
             visible = self.to_device(visible)
-        # In one table, a line for each picture: its row, its crop, and the factors of each of its views.
+        # One float table, a line for each picture: row, crop, mirrored, and the factors of its views.
         drawn = self.to_device(torch.cat([rows[:, None], crops, mirrored, *factors.split(B)], dim=1))
         factors = torch.cat(drawn[:, 6:].chunk(self.views, dim=1))
         images = self.crop(rows, drawn[:, :6], self.views)
@@ -317,10 +317,11 @@ class Loader:
         return self.crop_by_matrices(pixels, drawn, views, side)
 
     def to_device(self, tensor):
-        pin = self.device.type == "cuda"  # from pinned memory, and only from there, a GPU copies meanwhile
+        pin = self.device.type == "cuda"  # only from pinned memory a GPU copies while we go on
         return (tensor.pin_memory() if pin else tensor).to(self.device, non_blocking=pin)
 
 # ---- The program -------------------------------------------------------------------------------------------
+ROW = 50  # steps, at most, of a row of the history: an epoch has one at its end, and after each 50 steps
 
 def main(argv=None, stop=None):
     """Train as the command line says. Returns the exit status: 0, or 128 + the signal that ended the run,
@@ -333,7 +334,7 @@ def main(argv=None, stop=None):
     loader = Loader(pictures, rows, recipe, machine)
     per_epoch = loader.steps_per_epoch
     total_steps = recipe.epochs * per_epoch
-    warmup_steps = min(recipe.epochs, 300) * per_epoch * 40 // 300  # the paper's 40 of 300 epochs, or less
+    warmup_steps = min(recipe.epochs, 300) * per_epoch * 40 // 300  # 40, as the paper; below 300 that share
     last_step = min(total_steps, args.max_steps or total_steps)
 
     torch.manual_seed(recipe.seed)
@@ -341,10 +342,10 @@ def main(argv=None, stop=None):
     optimizer = make_optimizer(model.parameters())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    names = f"{len(rows)} pictures, {pictures.names}"  # by which a run knows its pictures again
+    ident = f"{len(rows)} pictures, {pictures.names}"  # by which a run knows its pictures again
     # sums: of loss and target_std since the last row of the history
-    step, seconds, history, sums = restore(saved, parts, names)
-    sums, saved = sums.to(machine.device), None  # its memory is needed
+    step, seconds, history, sums = restore(saved, parts, ident)
+    sums, saved = sums.to(machine.device), None  # the checkpoint's memory is needed
     if machine.compile:  # CUDA graphs: to launch hundreds of kernels takes longer than to run them
         model.compile(fullgraph=True, mode="reduce-overhead")
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
@@ -354,13 +355,13 @@ def main(argv=None, stop=None):
                "rate climbs, then stays at 0.6 to 0.9; below 0.1 by then is a collapse.")  # fmt: skip
 
     stop.heeded = True  # from here on a signal waits until its step is whole
-    first, saved_at, row_at = step + 1, time.perf_counter(), step - step % per_epoch % ROW
-    started, lap = saved_at - seconds, (0, math.nan)
+    first, saved_at, row_at = step + 1, time.perf_counter(), step - (step % per_epoch) % ROW
+    started, lap = saved_at - seconds, (0, math.nan)  # lap: step and time that speed counts from
     pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
               mininterval=pause, maxinterval=pause) as bar:  # fmt: skip
         for step in range(first, last_step + 1):
-            if step == first + 3:  # by now everything is compiled: when it is done, speed is measured
+            if step == first + 3:  # all is compiled by now: wait for the device, then start the clock
                 sums.tolist()
                 lap = step - 1, time.perf_counter()
             views, visible, _ = loader.batch(step)
@@ -386,7 +387,7 @@ def main(argv=None, stop=None):
             if end or keep or now - saved_at > 60:
                 files = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
                 save(out, files, parts, rows_now, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
-                     seconds=now - started, history=history, sums=sums, pictures=names)  # fmt: skip
+                     seconds=now - started, history=history, sums=sums, pictures=ident)  # fmt: skip
                 saved_at = time.perf_counter()
             if end:
                 break
@@ -717,7 +718,6 @@ def open_store(path, record, pictures):
 
 # ---- What a run leaves: checkpoints and records ------------------------------------------------------------
 
-ROW = 50  # steps, at most: an epoch has a row at its end, and after each 50 steps
 
 def write_file(path, write):
     """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
