@@ -494,7 +494,9 @@ def load_encoder(checkpoint, which="context", device="cpu"):
         encoder = Encoder(Config(**{field.name: saved["recipe"][field.name] for field in fields(Config)}))
         weights = {n.removeprefix(prefix): w for n, w in saved["model"].items() if n.startswith(prefix)}
         encoder.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("some weights are not finite")
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # torch's has several lines
         raise InputError(f"the checkpoint does not hold the encoder it says it holds ({reason})") from None
     return encoder.to(device).requires_grad_(False).eval()

@@ -1059,6 +1059,9 @@ def test_the_encoders_that_are_compared_are_the_trained_one_and_that_of_step_0(m
     assert Path("run/ckpt.pt").read_bytes() == before
     with pytest.raises(ValueError, match="which is 'teacher'"):
         load_encoder("run/ckpt.pt", "teacher")
+    saved["model"]["context_encoder.mask_token"][0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        load_encoder(saved)
 
 def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoint(capsys, monkeypatch):
     drawn, draw = {}, probing.save_curves
@@ -1143,7 +1146,8 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
     ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps -1", "max-st"),
     ("--out /dev/null/run", "/dev/null/run"), ("--out .", "is there"), (".", "cannot read ."),
     ("none.pt", "cannot read none.pt"), ("none.pt --epochs -1", "epochs"), ("none.pt --labels -1", "labels"),
-    ("--dataset critters --data-dir .", "leave out --data-dir"), ("--data-dir .", "no pictures in"),
+    ("--keep-every 99", "keep_every is 99"), ("--dataset critters --data-dir .", "leave out --data-dir"),
+    ("--data-dir .", "no pictures in"),
     ("--dataset folder", "no folder data"), ("pictures", "unrecognized"), ("--data_dir .", "--data_dir"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(arguments, says):
@@ -1185,6 +1189,7 @@ def test_a_folder_belongs_to_one_run_and_a_tilde_is_ones_home(monkeypatch, tmp_p
     train.main([*CRITTERS, "--max-steps", "1", "--out=~/runs/mine"])
     before = {path: path.read_bytes() for path in Path("runs/mine").iterdir()}
     assert "--resume goes on" in refused(train, *CRITTERS, "--out", "runs/mine") and not Path("~").exists()
+    assert "data_dir" in refused(train, "--resume", "--out", "runs/mine", "--data-dir", ".")  # of critters
     open_run = lambda args, given: (train.default_recipe(given), Path("runs/mine"), None)  # noqa: E731
     monkeypatch.setattr(train, "open_run", open_run)  # two look for the folder at the same moment
     with pytest.raises(FileExistsError):

@@ -846,12 +846,16 @@ def open_run(args, given):
             raise InputError(f"{kept[-1]} is there, but no ckpt.pt: copy it to that name to go on from it")
         if args.resume:
             say(f"there is no {path} yet: starting from the beginning")
-        return default_recipe(given), out, None
-    saved = load_checkpoint(path)
-    recipe = recipe_of(saved)
+        recipe, saved = default_recipe(given), None
+    else:
+        saved = load_checkpoint(path)
+        recipe = recipe_of(saved)
     for name, value in given.items():
-        if name not in PLACES and value != getattr(recipe, name):
+        may_change = name in PLACES and recipe.dataset != "critters"
+        if value != getattr(recipe, name) and not may_change:
             raise InputError(f"{path} has {name} {getattr(recipe, name)}, not {value}: name another --out")
+    if args.keep_every > recipe.epochs:
+        raise InputError(f"keep_every is {args.keep_every}, but there are {recipe.epochs} epochs")
     return replace(recipe, **{name: given[name] for name in PLACES if name in given}), out, saved
 
 Machine = namedtuple("Machine", "device dtype compile autocast")
