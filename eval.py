@@ -9,10 +9,9 @@
 Two probes look at one averaged vector per picture: k nearest neighbours, and a linear classifier. Three
 attentive probes look at all tokens and learn which of them matter: simple, multi-head and cross.
 
-Every row of the table stands there twice, for the trained encoder and for the same encoder before training. A
-random convolutional tokenizer is a surprisingly good feature extractor, and what pretraining taught is the
-difference. Nothing is chosen by looking at the test split: the number of epochs is fixed, the last epoch's
-figures are reported, and every probe is shown. All that is drawn of a run is drawn here too.
+Every row of the table stands there twice, for the trained encoder and for the same encoder before training:
+random convolutions are surprisingly good features, and what pretraining taught is the difference. Nothing is
+chosen on the test split: epochs are fixed, the last one counts, and every probe is shown.
 """
 
 import glob
@@ -35,8 +34,8 @@ from tqdm import tqdm
 
 from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
-from train import LAYOUT, PLACES, Loader, Parser, cache_folder, choose_machine, choose_rows, default_recipe
-from train import generator_for, load_pictures, make_optimizer, natural, recipe_of, run, schedules
+from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine, choose_rows
+from train import default_recipe, generator_for, load_pictures, make_optimizer, natural, run, schedules
 from train import set_schedule, write_file
 
 # ---- Attentive probes: tokens [B, N, D] → logits [B, classes] ----------------------------------------------
@@ -133,7 +132,7 @@ class Features:
         padded = torch.cat([rows, rows[:1].expand(-len(rows) % size)])  # one size: compiled once
         for i, part in enumerate(tqdm(padded.split(size), what, leave=False, disable=None)):
             images = central_views(self.loader, part)
-            batch = result(self(self.loader.normalise(images, self.loader.mean, self.loader.std)))
+            batch = result(self(self.loader.normalise(images)))
             if results is None:  # all room at once: pieces would leave holes in memory
                 results = batch.new_empty(len(padded), *batch.shape[1:])
             results[i * size : (i + 1) * size] = batch
@@ -341,7 +340,7 @@ def draw_components(path, loader, features, images):
     """The first three principal components of the tokens as red, green and blue: the paper's figure 1."""
     rows = {"picture": images}
     for name, encode in features.items():
-        tokens = encode(loader.normalise(images, loader.mean, loader.std)).cpu()  # [B, N, D]
+        tokens = encode(loader.normalise(images)).cpu()  # [B, N, D]
         flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)
         axes = torch.linalg.svd(flat.double(), full_matrices=False)[2][:3].float()
         colours = (flat @ axes.T).unflatten(0, tokens.shape[:2])  # [B, N, 3]
@@ -372,22 +371,20 @@ def draw_leak(path, tokenizer, loader, image, visible):
     in a hidden place, with the share of hidden places where that is so."""
     side, grid = image.shape[-1], math.isqrt(visible.shape[1])
     cells, seen = visible.view(1, 1, grid, grid), enlarged(visible, side)
-    edges = F.max_pool2d(seen.float(), 3, 1, 1).bool() & ~seen  # the hole's rim, which is outlined
-    rows, notes = {}, []
+    rim = F.max_pool2d(seen.float(), 3, 1, 1).bool() & ~seen  # of the hole, which is outlined
+    orange, rows, notes = image.new_tensor([1.0, 0.55, 0.1]).view(3, 1, 1), {}, []
     for label, mask in (("masked again after\nevery layer", cells), ("masked once,\nbefore the first", None)):
-        x = hide(loader.normalise(image, loader.mean, loader.std), cells)
+        x = hide(loader.normalise(image), cells)
         tiles, texts = [image, torch.where(seen, image, 1.0)], ["", ""]
         for layer in (tokenizer.conv1, tokenizer.pool1, tokenizer.conv2, tokenizer.pool2):
-            x = layer(x, mask)
-            x = x.relu() if layer in (tokenizer.conv1, tokenizer.conv2) else x
-            active = x.abs().mean(1, keepdim=True)
-            hole = ~enlarged(visible, active.shape[-1])
-            texts.append(f"{(active[hole] > 0).float().mean():.0%} of the hole")
-            shade = 1 - F.interpolate((active / active.max()).sqrt(), size=(side, side))
-            made_up = F.interpolate((active > 0).float(), size=(side, side)).bool() & ~seen
-            orange = torch.tensor([1.0, 0.55, 0.1], device=image.device).view(1, 3, 1, 1)
-            tiles.append(torch.where(made_up, orange, torch.where(seen, shade, 1.0)))
-        rows[label] = torch.cat([torch.where(edges, 0.0, tile) for tile in tiles])
+            x = layer(x, mask).relu()  # which changes nothing after a pool
+            active = x.mean(1, keepdim=True)
+            made_up = active[~enlarged(visible, active.shape[-1])] > 0
+            texts.append(f"{made_up.float().mean():.0%} of the hole")
+            active = F.interpolate(active, size=(side, side))
+            grey = torch.where(seen, 1 - (active / active.max()).sqrt(), 1.0)
+            tiles.append(torch.where((active > 0) & ~seen, orange, grey))
+        rows[label] = torch.cat([torch.where(rim, 0.0, tile) for tile in tiles])
         notes.append(texts)
     titles = "picture", "what is seen", "convolution 1", "pool 1", "convolution 2", "pool 2"
     save_grid(path, titles, rows, notes)
@@ -395,9 +392,8 @@ def draw_leak(path, tokenizer, loader, image, visible):
 # ---- Command line ------------------------------------------------------------------------------------------
 
 def read_arguments(argv):
-    parser = Parser(prog="eval.py", description="Probe a frozen encoder, and the same encoder untrained.")
+    parser = Parser(("dataset", *PLACES), prog="eval.py", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="file, or pattern with *")
-    parser.add_argument("--dataset", help="probe on this (default: what it was trained on)")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
     parser.add_argument("--epochs", type=natural, default=None, help="of attentive probes (the recipe's)")
     parser.add_argument("--labels", type=natural, default=0, help="labelled pictures per class; 0: all (0)")
@@ -406,8 +402,7 @@ def read_arguments(argv):
     parser.add_argument("--finetune", help="also train on from the checkpoint by labels", **off)
     parser.add_argument("--no-baseline", help="skip the untrained encoder", **off)
     parser.add_argument("--no-pca", help="draw no pictures", **off)
-    args = parser.parse_args(argv)
-    return args, {name: value for name, value in vars(args).items() if name in ("dataset", *PLACES)}
+    return parser.read(argv)
 
 def print_table(results, width=11):
     """A line for each probe and encoder. A figure is a number, or several, one for each run: then their mean
@@ -451,16 +446,15 @@ def draw_run(place, saved, loader, features, source, machine):
 def probe_checkpoint(path, args, given, machine):
     """All about one checkpoint: table, eval.json, pictures.  → epoch, history, {encoder: {probe: figures}}"""
     torch.compiler.reset()  # of the graphs of other checkpoints only a few would be kept
-    saved, written = load_checkpoint(path), []
-    recipe, trained = recipe_of(saved), load_encoder(saved, args.encoder)
+    saved = load_checkpoint(path)
+    recipe = Recipe(**saved["recipe"])
     source = choose_data(recipe, given)
     pictures = load_pictures(source, cache_folder(source), machine.device)
     epochs = recipe.probe_epochs if args.epochs is None else args.epochs
-    tag = Path(path).stem.removeprefix("ckpt")  # of ckpt-0005.pt the table is eval-0005.json
+    results, averages, tag = {}, {}, Path(path).stem.removeprefix("ckpt")
 
-    def place(name):
-        written.append(Path(path).with_name(f"{Path(name).stem}{tag}{Path(name).suffix}"))
-        return written[-1]
+    def place(name):  # of ckpt-0005.pt the table is eval-0005.json
+        return Path(path).with_name(f"{Path(name).stem}{tag}{Path(name).suffix}")
 
     def untrained():
         torch.manual_seed(recipe.seed)  # what train.py starts from: this is the encoder of step 0
@@ -474,18 +468,16 @@ def probe_checkpoint(path, args, given, machine):
                      results=results)  # fmt: skip
         write_file(place("eval.json"), lambda file: file.write(json.dumps(about, indent=1).encode()))
 
-    encoders = {"trained": trained} if args.no_baseline else {"trained": trained, "untrained": untrained()}
     readable = (pictures.sizes[:, 0] > 0).nonzero().squeeze(1)
     loader = Loader(pictures, readable, replace(source, batch_size=min(64, len(readable))), machine)
-    features = {name: Features(encoder, loader, machine) for name, encoder in encoders.items()}
+    features = {"trained": Features(load_encoder(saved, args.encoder), loader, machine)}
+    if not args.no_baseline:
+        features["untrained"] = Features(untrained(), loader, machine)
     if not args.no_pca:
         draw_run(place, saved, loader, features, source, machine)
-        print(f"drew {', '.join(path.name for path in written)} in {Path(path).parent}")
-        written.clear()
     data = split_data(pictures, source, machine, args.labels)
     counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
     print(f"{source.dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
-    results, averages = {}, {}
     for name, encode in features.items():
         results[name], *averages[name] = evaluate(encode, data, recipe.dim, epochs, recipe.seed)
     if not args.no_pca:
@@ -497,7 +489,7 @@ def probe_checkpoint(path, args, given, machine):
     if args.finetune:
         results["fine-tuned"] = supervise(load_encoder(saved, args.encoder), data, recipe, machine)
         report()
-    print(f"\nwrote {', '.join(path.name for path in dict.fromkeys(written))} in {Path(path).parent}")
+    print(f"\nwrote {place('eval.json')}{'' if args.no_pca else ' and pictures beside it'}")
     return saved["epoch"], saved["history"], results
 
 def draw_course(path, times):

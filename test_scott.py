@@ -345,7 +345,7 @@ def load(data_dir="photos", dataset="folder", **settings):
     ("1.png a/2.JPG b/c/3.webp cache/4.png", [-1] * 4, 4, ""),
     ("1.png .2.png ._3.jpg .thumb/4.png @eaDir/5.png __MACOSX/6.png a/.Trash-1000/7.png", [-1], 1, ""),
     ("1.png run/views.png run/ckpt.pt", [-1], 1, ""),  # what a run has drawn is no picture to learn from
-    ("1.png 2.gif 3.GIF notes.txt .DS_Store", [-1], 1, "2 files of type .gif|1 files of type .txt"),
+    ("1.png 2.gif 3.GIF notes.txt .DS_Store", [-1], 1, "passed over 3 files"),
     ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, 3, ""),  # links
     ("1.png a/2.png b->. c->. a/d->.. a/e->..", [-1] * 2, 2, ""),  # that lead round in circles
     ("../b/c/1.png ../b/d/2.png ../b/d/up->.. train->../b test->../b", [0, 0, 1, 1], 2, ""),
@@ -354,7 +354,7 @@ def load(data_dir="photos", dataset="folder", **settings):
     ("train/a/1.png train/b/2.png test/a/3.png test/b/4.png", [0, 0, 1, 1], 2, ""),
     ("train/a/1.png train/b/c/2.png val/a/3.png val/b/4.png", [0, 0, 1, 1], 2, ""),
     ("train/a/1.png val/a/2.png test/a/3.png test/a/4.png", [0] * 4, 2, ""),
-    ("train/n01/1.png val/n01/3.png test/4.png", [0, 0], 1, "1 files outside"),  # ImageNet's has no labels
+    ("train/n01/1.png val/n01/3.png test/4.png", [0, 0], 1, "1 files outside train, val"),  # ImageNet's has no labels
     ("train/a/1.png train/.ipynb_checkpoints/1.png test/a/2.png", [0, 0], 1, ""),
     ("train/a/2.png train/1.png test/a/3.png", [-1, 0, 0], 2, ""),
     ("train/a/1.png test/a/2.png more/3.png 4.png", [0, 0], 1, "2 files outside train, val, test"),
@@ -375,7 +375,7 @@ def test_what_counts_as_a_picture_and_what_as_a_class(capsys, files, labels, tra
         parts, said = train.open_datasets(recipe), capsys.readouterr().out
         assert sorted(label for part in parts for _, label in part.samples) == labels
         assert sum(map(len, parts[:-1] or parts)) == training
-        assert all(said.count(part) == 1 for part in says.split("|") if part) and bool(said) == bool(says)
+        assert says in said and bool(said) == bool(says)
 
 def test_pets_flowers_and_imagenette_are_read_as_torchvision_lays_them_out(monkeypatch, capsys):
     """Pets: trainval for training, test for testing. Flowers: train and val, then test. All with labels."""
@@ -586,25 +586,22 @@ def smooth_pictures(count, height, width):
 
 def loader(pixels, sizes=None, batch_size=2, side=32, seed=0, machine=CPU, **settings):
     sizes = torch.full((len(pixels), 2), float(pixels.shape[-1])) if sizes is None else sizes
-    pictures = train.Pictures(pixels, sizes, torch.zeros(len(pixels)).long(), len(pixels), "")
+    pictures = train.Pictures(pixels, sizes, torch.zeros(len(pixels)).long(), len(pixels))
     recipe = replace(train.Recipe(pictures=20), batch_size=batch_size, image_size=side, seed=seed, **settings)
     return train.Loader(pictures, torch.arange(len(pixels)), recipe, machine)
 
 @pytest.mark.parametrize("out", [32, 144])
-def test_crops_equal_torchvisions_and_pillows_one_by_one_and_by_matrices(out):
+def test_crops_equal_torchvisions_and_pillows(out):
     pixels, mirrored = smooth_pictures(5, 96, 96), torch.tensor([True, False, False, True, False])
     boxes = [(0, 0, 96, 96), (10, 20, 50, 60), (40, 3, 43, 93), (5, 50, 91, 33), (30, 30, 45, 47)]
-    drawn = torch.cat([torch.arange(5)[:, None], torch.tensor(boxes), mirrored[:, None]], dim=1).float()
-    ours, again = (train.crop_one_by_one(pixels, drawn, 2, out) * 255).chunk(2)
-    on_a_gpu = train.crop_by_matrices(pixels, drawn, 2, out).chunk(2)[1] * 255
-    assert torch.equal(ours, again)
-    assert (on_a_gpu - ours).abs().max() < 1.2  # of 255: it does not round to whole numbers
+    crops = torch.cat([torch.tensor(boxes), mirrored[:, None]], dim=1).float()
+    ours = train.crop_and_resize(pixels, crops, out) * 255
     for picture, flip, (left, top, width, height), our in zip(pixels, mirrored, boxes, ours):
         crop = TF.crop(picture, top, left, height, width)
         resize = partial(TF.resize, size=[out, out], interpolation=T.InterpolationMode.BICUBIC)
         theirs, pillows = resize(crop), TF.pil_to_tensor(resize(TF.to_pil_image(crop)))
         our = our.flip(2) if flip else our
-        assert torch.allclose(our, theirs.float(), atol=1e-3) and (our - pillows).abs().max() <= 2.001
+        assert (our - theirs).abs().max() < 1.2 and (our - pillows).abs().max() < 2.001  # of 255: they round
 
 NAMES = [function.__name__ for _, function, *_ in train.OPERATIONS]
 
@@ -872,13 +869,11 @@ def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_p
     before, picture = Path("run/ckpt.pt").read_bytes(), Path("moved/test/species 0/21.png")
     for flags, says in (("", "--resume"), ("--resume --dim 32", "dim"), ("--resume --seed 1", "seed")):
         assert says in refused(train, *flags.split(), "--dataset", "folder", "--out", "run")
-    moved = picture.rename(picture.with_name("new.png"))
+    save_picture(picture, size=(99, 9))
     assert "30 pictures" in refused(train, *resume, "4")
-    moved.rename(picture).write_bytes(b"damaged")
+    picture.write_bytes(b"damaged")
     assert "29 pictures" in refused(train, *resume, "4", "--skip-bad-images")
     assert Path("run/ckpt.pt").read_bytes() == before
-    Path("run/ckpt.pt").rename("run/ckpt-0001.pt")  # what was kept is not started over, either
-    assert "0001.pt is" in refused(train, *CRITTERS, "--resume", "--out", "run")
 
 @pytest.mark.parametrize("first, then", [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "bf16")])
 def test_a_run_may_go_on_in_another_precision(first, then):
@@ -954,7 +949,7 @@ def data_of(brightness, labels, training):
     """Plain pictures of some brightness, as probes take them."""
     pixels = torch.tensor(brightness, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32)
     sizes = torch.full((len(labels), 2), 32.0)
-    pictures = train.Pictures(pixels, sizes, torch.tensor(labels), training, "")
+    pictures = train.Pictures(pixels, sizes, torch.tensor(labels), training)
     return probing.split_data(pictures, train.Recipe(pictures=20, image_size=32, seed=0), CPU)
 
 def test_accuracies_by_hand_and_neighbours_that_vote_by_similarity():
@@ -1013,7 +1008,7 @@ def test_features_of_many_pictures_are_those_of_each_one_whatever_the_last_batch
     features = probing.Features(Encoder(replace(STILL, image_size=32)), load, CPU)
     rows, sizes = torch.randperm(70)[:67], []
     found = features.of(rows, "", lambda tokens: sizes.append(len(tokens)) or tokens.mean(1))
-    one = features(load.normalise(probing.central_views(load, rows[66:]), load.mean, load.std)).mean(1)
+    one = features(load.normalise(probing.central_views(load, rows[66:]))).mean(1)
     assert found.shape == (67, 32) and torch.allclose(found[66:], one, atol=1e-5)
     assert sizes == [64, 64]  # so that what is compiled is compiled once
 
@@ -1146,7 +1141,7 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
     ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps -1", "max-st"),
     ("--out /dev/null/run", "/dev/null/run"), ("--out .", "is there"), (".", "cannot read ."),
     ("none.pt", "cannot read none.pt"), ("none.pt --epochs -1", "epochs"), ("none.pt --labels -1", "labels"),
-    ("--keep-every 99", "keep_every is 99"), ("--dataset critters --data-dir .", "leave out --data-dir"),
+    ("--dataset critters --data-dir .", "leave out --data-dir"),
     ("--data-dir .", "no pictures in"),
     ("--dataset folder", "no folder data"), ("pictures", "unrecognized"), ("--data_dir .", "--data_dir"),
 ])  # fmt: skip
@@ -1156,7 +1151,7 @@ def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(argu
 
 @pytest.mark.parametrize("outcome, status, line", [
     ([143], 143, ""), (KeyboardInterrupt(), 130, ""), (RuntimeError("a bug"), None, ""),
-    (InputError("a\nline ±"), 2, r"error: a\\nline \\xb1"), (OSError(5, "Bad", "x"), 2, "error: .*Bad: 'x'"),
+    (InputError("a\nline"), 2, r"error: a\\nline"), (OSError(5, "Bad", "x"), 2, "error: .*Bad: 'x'"),
     (MemoryError(), 2, "error: .*--batch-size"), (torch.OutOfMemoryError("CUDA"), 2, "error: .*--batch-size"),
 ])  # fmt: skip
 def test_a_program_ends_in_one_line_and_a_status_and_a_bug_in_a_traceback(monkeypatch, outcome, status, line):
@@ -1168,21 +1163,19 @@ def test_a_program_ends_in_one_line_and_a_status_and_a_bug_in_a_traceback(monkey
     assert re.match(line, text) and text.count("\n") == bool(line)
     assert getattr(end.value, "code", None) == status
 
-def test_the_programs_as_programs_in_a_notebook_and_with_letters_that_the_terminal_lacks():
-    command = [*CRITTERS, "--max-steps", "1", "--out"]
-    settings = dict(capture_output=True, timeout=100, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    done = subprocess.run([sys.executable, HERE / "train.py", *command, "rün"], **settings)
-    assert done.returncode == 0 and done.stdout.endswith(b"python eval.py r\\xfcn/ckpt.pt\n"), done
+def test_the_programs_as_programs_and_in_a_notebook():
     notebook = """if True:
         import io, runpy, sys
-        class Stream(io.TextIOBase):  # no reconfigure, no buffer, no fileno
+        class Stream(io.TextIOBase):  # no buffer, no fileno
             def write(self, text):
                 return len(text)
         sys.argv, sys.stdout = sys.argv[1:], Stream()
         runpy.run_path(sys.argv[0], run_name="__main__")"""
-    for program in (["train.py", *command, "run"], ["eval.py", "run/ckpt.pt", "--epochs", "0"]):
+    train_one = ["train.py", *CRITTERS, "--max-steps", "1", "--out"]
+    for program in ([*train_one, "run"], ["eval.py", "run/ckpt.pt", "--epochs", "0"]):
         done = python("-c", notebook, HERE / program[0], *program[1:])
         assert done.returncode == 0, done
+    assert python(HERE / "train.py", *train_one[1:], "other").stdout.endswith("eval.py other/ckpt.pt\n")
 
 def test_a_folder_belongs_to_one_run_and_a_tilde_is_ones_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -1226,10 +1219,10 @@ def test_trouble_in_a_run_is_one_line_and_leaves_what_was_saved_alone(monkeypatc
 @pytest.mark.parametrize("damage, says", [
     (lambda c: "a weight's bit", "run/ckpt.pt is damaged"), (lambda c: "cut", "run/ckpt.pt is damaged"),
     (lambda c: c.update(format=Path("x")), "run/ckpt.pt is damaged"),  # to unpickle an object can run code
-    (lambda c: c.update(format="scott-mim-jepa 0"), "this version"), (lambda c: c.update(model={}), "_token"),
+    (lambda c: c.update(format="scott-mim-jepa 0"), "this version"),
     (lambda c: c["recipe"].update(epochs="3"), "epochs is"), (lambda c: c["recipe"].update(lr=-1.0), "lr is"),
-    (lambda c: c.update(recipe=[]), "this version"), (lambda c: c["recipe"].update(new=1), "this version"),
-    (lambda c: c.update(optimizer={}), "to go on"), (lambda c: c.update(step="many"), "this version"),
+    (lambda c: c.update(recipe=[]), "this version"),
+    (lambda c: c.update(step="many"), "this version"),
 ])  # fmt: skip
 def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(damage, says):
     checkpoint, file = trained("--max-steps 5"), Path("run/ckpt.pt")
@@ -1240,5 +1233,5 @@ def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(damage, says):
     elif change:
         weight = checkpoint["model"]["predictor.head.weight"].numpy().tobytes()
         file.write_bytes(file.read_bytes().replace(weight, bytes([weight[0] ^ 1]) + weight[1:]))
-    assert says == "to go on" or says in refused(probing, file, "--device", "cpu")
+    assert says in refused(probing, file, "--device", "cpu")
     assert says in refused(train, *CRITTERS, "--resume", "--out", "run")

@@ -23,8 +23,7 @@ import random
 import signal
 import sys
 import time
-import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -155,32 +154,23 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
-def crop_one_by_one(pixels, drawn, views, out):
-    """Cut crops, and scale them by antialiased bicubic interpolation, on a CPU. pixels uint8 [n, 3, S, S],
-    drawn [B, 6]: which picture, left, top, width, height, mirrored → [views·B, 3, out, out], 0 to 1"""
-    images = torch.empty(len(drawn), 3, out, out, dtype=torch.uint8)
-    for image, (row, left, top, width, height, mirrored) in zip(images, drawn.int().tolist()):
-        crop = pixels[row, None, :, top : top + height, left : left + width]
-        crop = F.interpolate(crop, (out, out), mode="bicubic", antialias=True)[0]
-        image[:] = crop.flip(2) if mirrored else crop
-    return images.repeat(views, 1, 1, 1) / 255
-
-def crop_by_matrices(pixels, drawn, views, out):
-    """The same, by two matrix products per picture, columns and rows: a GPU does all at once."""
+def crop_and_resize(pixels, crops, out):
+    """Antialiased bicubic interpolation, as two matrix products per picture, for columns and rows. pixels
+    uint8 [B, 3, S, S], crops [B, 5]: left, top, width, height, mirrored → [B, 3, out, out], 0 to 1"""
     side = pixels.shape[-1]
-    start, length = drawn[:, 1:5].T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
-    scale, pixel = length / out, torch.arange(0.5, side, device=drawn.device)
-    centre = start[..., None] + torch.arange(0.5, out, device=drawn.device) * scale[..., None]  # of samples
+    start, length = crops[:, :4].T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
+    scale, pixel = length / out, torch.arange(0.5, side, device=crops.device)
+    centre = start[..., None] + torch.arange(0.5, out, device=crops.device) * scale[..., None]  # of samples
     d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
     d = d.clamp(max=2)  # the distance from a sample to a pixel; further away nothing counts
     near, far = (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # the cubic kernel, a = −½
     inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S]
     weights = torch.where(d < 1, near, far) * inside[:, :, None]
     across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
-    images = (pixels[drawn[:, 0].long()] / 255).flatten(1, 2) @ across.mT  # [B, 3·S, out]
+    images = (pixels / 255).flatten(1, 2) @ across.mT  # [B, 3·S, out]
     images = images.clamp(0, 1).unflatten(1, (3, side))  # as uint8 arithmetic does between its two passes
     images = (down[:, None] @ images).clamp(0, 1)  # [B, 3, out, out]
-    return torch.where(drawn[:, 5].view(-1, 1, 1, 1) == 1, images.flip(3), images).repeat(views, 1, 1, 1)
+    return torch.where(crops[:, 4].view(-1, 1, 1, 1) == 1, images.flip(3), images)
 
 # ---- Views: colours. Images [B, 3, H, H] from 0 to 1, a factor [B, 1, 1, 1] for each -----------------------
 
@@ -258,10 +248,6 @@ def apply_colours(images, order, factors, functions):
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which everyone uses
 
-def normalise(images, mean, std):
-    """Subtract the mean of each colour, [3, 1, 1], and divide by its deviation."""
-    return (images - mean) / std
-
 # ---- Loader: the batch of a step ---------------------------------------------------------------------------
 
 class Loader:
@@ -278,43 +264,37 @@ class Loader:
         self.mean, self.std = torch.tensor([MEAN, STD], device=machine.device).view(2, 3, 1, 1)
         # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
-        self.crop_by_matrices, self.normalise = compiled(crop_by_matrices), compiled(normalise)
+        self.crop_and_resize = compiled(crop_and_resize)
         self.operations = [compiled(operation[1]) for operation in OPERATIONS]
-
-    def pick(self, step):
-        """The pictures of step 1, 2, …: a slice of the epoch's random order."""
-        epoch, i = divmod(step - 1, self.steps_per_epoch)
-        order = torch.randperm(len(self.rows), generator=generator_for(self.recipe.seed, 0, epoch))
-        return self.rows[order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]]
 
     def batch(self, step):
         """(views [V, B, 3, H, H]; visible bool [B, N], for the first view, or None; which pictures, [B]). All
         that is random is drawn on the CPU; a GPU gets it in two transfers, which nobody waits for."""
-        recipe, generator = self.recipe, generator_for(self.recipe.seed, 1, step)
-        rows, B = self.pick(step), self.recipe.batch_size
+        recipe, B, generator = self.recipe, self.recipe.batch_size, generator_for(self.recipe.seed, 1, step)
+        epoch, i = divmod(step - 1, self.steps_per_epoch)
+        order = torch.randperm(len(self.rows), generator=generator_for(recipe.seed, 0, epoch))
+        rows = self.rows[order[i * B : (i + 1) * B]]
         crops = draw_crops(self.pictures.sizes[rows], self.pictures.pixels.shape[-1], generator)
         mirrored = torch.rand(B, 1, generator=generator) < 0.5  # all views share crop and mirror
         order, factors = draw_colours(self.views * B, generator)
-        visible = None
-        if self.views > 1:
-            visible = sample_masks(B, recipe.grid, recipe.mask_ratio, recipe.masking, generator)
-            visible = self.to_device(visible)
+        mask = recipe.grid, recipe.mask_ratio, recipe.masking, generator
+        visible = self.to_device(sample_masks(B, *mask)) if self.views > 1 else None
         # One float table, a line for each picture: row, crop, mirrored, and the factors of its views.
         drawn = self.to_device(torch.cat([rows[:, None], crops, mirrored, *factors.split(B)], dim=1))
+        images = self.crop(rows, drawn[:, :6]).repeat(self.views, 1, 1, 1)
         factors = torch.cat(drawn[:, 6:].chunk(self.views, dim=1))
-        images = self.crop(rows, drawn[:, :6], self.views)
-        images = self.normalise(apply_colours(images, order, factors, self.operations), self.mean, self.std)
+        images = self.normalise(apply_colours(images, order, factors, self.operations))
         return images.unflatten(0, (self.views, B)), visible, rows
 
-    def crop(self, rows, drawn, views=1):
-        """Crops [views·B, 3, H, H]; rows: of which pictures; drawn: see crop_one_by_one, on the device."""
-        pixels, side = self.pictures.pixels, self.recipe.image_size
-        if self.device.type == "cpu":
-            return crop_one_by_one(pixels, drawn, views, side)
-        if pixels.device.type == "cpu":  # the GPU has no room for all pictures: it gets these
-            pixels, drawn = self.to_device(pixels[rows]), drawn.clone()
-            drawn[:, 0] = torch.arange(len(rows), device=self.device)
-        return self.crop_by_matrices(pixels, drawn, views, side)
+    def crop(self, rows, drawn):
+        """Crops [B, 3, H, H] of these pictures. drawn [B, 6], on the device: row, and see crop_and_resize."""
+        pixels = self.pictures.pixels  # on the device, or beside it where it has no room for all
+        at_hand = pixels.device == drawn.device
+        pixels = pixels[drawn[:, 0].long()] if at_hand else self.to_device(pixels[rows])
+        return self.crop_and_resize(pixels, drawn[:, 1:], self.recipe.image_size)
+
+    def normalise(self, images):
+        return (images - self.mean) / self.std
 
     def to_device(self, tensor):
         pin = self.device.type == "cuda"  # only from pinned memory a GPU copies while we go on
@@ -342,7 +322,8 @@ def main(argv=None, stop=None):
     optimizer = make_optimizer(model.parameters())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    ident = f"{len(rows)} pictures, {pictures.names}"  # by which a run knows its pictures again
+    digest = hashlib.sha256(pictures.sizes[rows].numpy().tobytes()).hexdigest()[:16]
+    ident = f"{len(rows)} pictures, {digest}"  # by which a run knows its pictures again
     # sums: of loss and target_std since the last row of the history
     step, seconds, history, sums = restore(saved, parts, ident)
     sums, saved = sums.to(machine.device), None  # the checkpoint's memory is needed
@@ -350,7 +331,7 @@ def main(argv=None, stop=None):
         model.compile(fullgraph=True, mode="reduce-overhead")
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    say(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}, "
+    print(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}, "
                f"{parameters:.1f} M parameters\nThe loss says little. target_std dips while the learning "
                "rate climbs, then stays at 0.6 to 0.9; below 0.1 by then is a collapse.")  # fmt: skip
 
@@ -392,18 +373,13 @@ def main(argv=None, stop=None):
             if end:
                 break
     if stop.signal and step < last_step:
-        say(f"stopped and saved at step {step:,}; go on with --resume")
+        print(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + stop.signal
-    say(f"saved: {out / 'ckpt.pt'} is at step {step:,} of {total_steps:,}. "
+    print(f"saved: {out / 'ckpt.pt'} is at step {step:,} of {total_steps:,}. "
                f"Next: python eval.py {out / 'ckpt.pt'}")  # fmt: skip
     return 0
 
 # ---- Part 2: plumbing, skip it on a first reading ----------------------------------------------------------
-
-def say(text, file=None):
-    """Print a line above the progress bar. Where nobody listens any more, the run goes on."""
-    with suppress(OSError):
-        tqdm.write(text, file=file)
 
 def generator_for(*key):
     """A torch.Generator for a key of whole numbers: the same key, the same draws. Keys: (seed, 0, epoch)
@@ -421,7 +397,6 @@ def generator_for(*key):
 
 SPECIES = "tigrot mousen puffit foxel cyclox zebbit moodle bumbear dashel wuffle".split()
 COLOURS = "black gray brown red orange gold olive green turquoise skyblue blue purple violet pink".split()
-CANVAS = 256  # critters are drawn this large, then shrunk, which smooths their edges
 
 def plan(name):
     """A species facing right, from back to front: for each part its ovals (x, y, rx, ry, colour)."""
@@ -434,16 +409,17 @@ def plan(name):
     leg, leg_count = rng.uniform(8, 14), rng.randint(2, 4)
     spot, spot_count = rng.uniform(0.5, 0.9), rng.randint(1, 3)
     tail_x, tail_y = rng.uniform(10, 34), rng.uniform(10, 44)
+    legs_at = [rx * (1.5 * (i + 0.5) / leg_count - 0.75) for i in range(leg_count)]
+    spots_at = [rx * (1.6 * (i + 0.5) / spot_count - 0.8) for i in range(spot_count)]
+    eyes = (-6, 9, 3), (-3, 4, 4), (14, 9, 3), (17, 4, 4)  # place, radius, colour
     return [
         [(-rx - tail_x / 2, -tail_y / 2, tail_x, tail_y, tail)],
-        [(rx * (1.5 * (i + 0.5) / leg_count - 0.75), ry + 6, leg, 32, legs) for i in range(leg_count)],
+        [(at, ry + 6, leg, 32, legs) for at in legs_at],
         [(0, 0, rx, ry, body)],
-        [(rx * (1.6 * (i + 0.5) / spot_count - 0.8), 0, 0.8 * rx * spot / spot_count, ry * spot, spots)
-         for i in range(spot_count)],
+        [(at, 0, 0.8 * rx * spot / spot_count, ry * spot, spots) for at in spots_at],
         [(at, y - 0.8 * r - 0.4 * long, wide, long, ears) for at in (x - ear, x + ear)],
-        [(x, y, r, r, head), (x - 6, y - 4, 9, 9, 3), (x - 3, y - 4, 4, 4, 4),
-         (x + 14, y - 4, 9, 9, 3), (x + 17, y - 4, 4, 4, 4)],
-    ]  # fmt: skip
+        [(x, y, r, r, head), *((x + at, y - 4, size, size, colour) for at, size, colour in eyes)],
+    ]
 
 def draw_critter(species, seed, side=64):
     """One critter, side × side px, RGB. The same seed dresses and poses all species alike, every time."""
@@ -452,14 +428,14 @@ def draw_critter(species, seed, side=64):
     colours += ["white", "black"]  # of the eyes
     zoom, flip, tilt = rng.uniform(1, 1.3), rng.choice((-1, 1)), rng.uniform(-14, 14)
     place_x, place_y = rng.uniform(108, 148), rng.uniform(124, 148)
-    canvas = Image.new("RGB", (CANVAS, CANVAS), background)
+    canvas = Image.new("RGB", (256, 256), background)  # large, then shrunk, which smooths the edges
     pen = ImageDraw.Draw(canvas)
     for part in plan(SPECIES[species]):
         pose_x, pose_y = rng.uniform(-6, 6), rng.uniform(-6, 6)
         for x, y, rx, ry, colour in part:
             x, y = place_x + zoom * flip * (x + pose_x), place_y + zoom * (y + pose_y)
-            rx, ry = zoom * rx, zoom * ry
-            pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colours[colour])
+            oval = x - zoom * rx, y - zoom * ry, x + zoom * rx, y + zoom * ry
+            pen.ellipse(oval, fill=colours[colour])
     return canvas.rotate(tilt, fillcolor=background).resize((side, side), Image.Resampling.BOX)
 
 def critters(count, seed, side):
@@ -486,20 +462,19 @@ def open_datasets(recipe):
         return open_folder(root, ("train", "val") if name == "imagenet100" else ("train", "val", "test"))
     kind, splits, count = LIBRARY[name]
     try:
-        if name == "flowers":
-            import scipy  # torchvision wants it, but only after the download  # noqa: F401
+        import scipy  # torchvision wants it for flowers, but only after the download  # noqa: F401
         parts = [kind(root, split, download=True) for split in splits]
     except Exception as error:  # no network, no room, a broken archive or list: whatever it leads to
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        text = f"cannot get {name} into {root} ({reason})"
-        raise InputError(f"{text}. Mend that, delete what is there of it, and start again") from None
+        text = "Mend that, delete what is there of it, and start again"
+        raise InputError(f"cannot get {name} into {root} ({reason}). {text}") from None
     if (found := sum(map(len, parts))) != count:
-        say(f"warning: of the {count:,} pictures of {name}, {root} has {found:,}")
+        print(f"warning: of the {count:,} pictures of {name}, {root} has {found:,}")
     return parts
 
 @dataclass
 class Pairs:
-    """A data set as a list: of (path or what else `read` makes a picture of, label or −1)."""
+    """A data set as a list of (path or what else `read` makes a picture of, label or −1)."""
 
     samples: list
     classes: list  # their names
@@ -512,63 +487,56 @@ class Pairs:
         source, label = self.samples[i]
         return self.read(source), label
 
-def find_pictures(root):
-    """(the pictures below a folder, in order; how many files are none, by ending). Links are followed, but no
-    folder or file is taken twice. What lies beside a ckpt.pt was drawn by a run: it is left alone."""
-
-    def give_up(error):
-        raise error
-
-    found, others, seen = {}, Counter(), set()
-    for parent, folders, files in os.walk(root, followlinks=True, onerror=give_up):
-        real = os.path.realpath(parent)
-        if real in seen or "ckpt.pt" in files:
-            folders[:], files = [], []
+def find_files(folder, seen=None):
+    """Yield the files below a folder, in the same order on every system, but no hidden ones, and not what a
+    run has drawn beside its ckpt.pt. Links are followed, but what was `seen` is not taken twice."""
+    seen = seen or {os.path.realpath(folder)}
+    paths = sorted(folder.iterdir(), key=lambda path: path.name)
+    for path in () if folder / "ckpt.pt" in paths else paths:
+        hidden = path.name[0] in ".@" or path.name == "__MACOSX"  # these belong to programs
+        if hidden or (real := os.path.realpath(path)) in seen:
+            continue
         seen.add(real)
-        folders[:] = sorted(filter(is_data, folders))
-        for path in (Path(parent, name) for name in sorted(filter(is_data, files))):
-            if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS:
-                found.setdefault(os.path.realpath(path), path)
-            else:
-                others[f"of type {path.suffix.lower() or '?'}"] += path.suffix != STORE
-    return sorted(found.values(), key=lambda path: path.parts), others  # the same order on every system
+        yield from find_files(path, seen) if path.is_dir() else [path]
 
-def is_data(name):
-    return name[0] not in ".@" and name != "__MACOSX"  # these belong to programs
+def is_picture(path):
+    return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
 
-def labelled_files(folder):
+def open_split(folder):
     """The pictures below a folder. Each folder in it is a class; what lies beside these has none."""
-    paths = find_pictures(folder)[0] if folder.is_dir() else []
-    names = [path.relative_to(folder).parts[0] for path in paths]  # the class, or a loose file's own name
-    classes = sorted({name for name, path in zip(names, paths) if name != path.name})
-    number = {name: i for i, name in enumerate(classes)}
-    return Pairs([(path, number.get(name, -1)) for path, name in zip(paths, names)], classes, open_picture)
+    paths = [*filter(is_picture, find_files(folder))] if folder.is_dir() else []
+    names = [path.relative_to(folder).parts[:-1][:1] for path in paths]  # the class, or nothing
+    classes = sorted({*names} - {()})
+    labels = [classes.index(name) if name else -1 for name in names]
+    return Pairs([*zip(paths, labels)], classes, open_picture)
 
 def open_folder(root, splits):
     """[train/<class>/…, val/<class>/… or test/<class>/…], or all pictures in one, without labels."""
-    found, passed = find_pictures(root) if root.is_dir() else ([], Counter())
+    files = [path for path in find_files(root) if path.suffix != STORE] if root.is_dir() else []
+    found = [*filter(is_picture, files)]
     if not found:
         endings = " ".join(datasets.folder.IMG_EXTENSIONS)
         raise InputError(f"no folder {root}, or no pictures in it ({endings}): see --data-dir")
-    train, *rest = (labelled_files(root / split) for split in splits)
-    parts = [train, *(part for part in rest if part.samples)]
+    train, *rest = (open_split(root / split) for split in splits)
+    parts = [train, *filter(len, rest)]
     if len(parts) == 1 or not train.classes:
         if "test" not in splits:
             raise InputError(f"{root} has no labels. {LAYOUT}")
         parts = [Pairs([(path, -1) for path in found], [], open_picture)]
     if any(part.classes != parts[0].classes for part in parts):
         raise InputError(f"{', '.join(splits)} in {root} need pictures in the same folders, one per class")
-    passed[f"outside {', '.join(splits)}"] = len(found) - sum(map(len, parts))
-    if passed := [f"{count} files {what}" for what, count in passed.items() if count > 0]:
-        say(f"passed over {'; '.join(passed)}")
+    if (passed := len(files) - sum(map(len, parts))) > 0:
+        print(f"passed over {passed} files outside {', '.join(splits)}, or no pictures")
     return parts
 
 def choose_rows(pictures, recipe):
     """Which of the pictures to pretrain on: long [n]."""
-    rows = torch.arange(pictures.train if recipe.pretrain_split == "train" else len(pictures.labels))
-    if recipe.pretrain_split == "train" and len(rows) == len(pictures.labels):
+    rows, held_out = torch.arange(len(pictures.labels)).tensor_split([pictures.train])
+    if recipe.pretrain_split == "all":
+        rows = torch.cat([rows, held_out])
+    elif len(held_out) == 0:
         raise InputError(f"pretrain_split is 'train', but {recipe.data_dir} has no such split. {LAYOUT}")
-    if recipe.dataset != "critters" and recipe.pictures > 0:
+    if recipe.dataset != "critters" and recipe.pictures:
         if recipe.pictures > len(rows):
             raise InputError(f"pictures is {recipe.pictures}, but there are {len(rows)}")
         rows = rows[torch.randperm(len(rows), generator=generator_for(recipe.seed, 2))[: recipe.pictures]]
@@ -622,96 +590,88 @@ def to_rgb(image):
 # square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
 
 STORE = ".pictures"  # the file's ending
-Pictures = namedtuple("Pictures", "pixels sizes labels train names")
+Pictures = namedtuple("Pictures", "pixels sizes labels train")
 
 def cache_folder(recipe):
     return Path(recipe.cache_dir or os.path.join(recipe.data_dir, "cache")).expanduser()
 
 def load_pictures(recipe, folder, device):
     """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height, or 0 if
-    left out; labels long [n], −1 for none; train: so many, the first, are the training split; names: a digest
-    of theirs. A GPU holds the pixels if half of its free memory takes them; else they lie in a file in
-    `folder`. InputError lists files that cannot be read, unless recipe.skip_bad_images leaves them out."""
+    left out; labels long [n], −1 for none; train: so many, the first, are the training split. A GPU holds the
+    pixels if a third of its free memory takes them; else they lie in a file in `folder`. InputError lists
+    files that cannot be read, unless recipe.skip_bad_images leaves them out."""
     parts, side = open_datasets(recipe), recipe.cache_side
     pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
     record = np.dtype([("label", "i8"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
-    names, key, place = identify(parts, Path(recipe.data_dir).expanduser())
     if recipe.dataset == "critters":  # drawn in seconds: nothing to keep
-        records = np.stack([*decode_all(pictures, record)])
+        decode_all(pictures, record, file := io.BytesIO())
+        records = np.frombuffer(file.getbuffer(), record)
     else:
-        path = folder / f"{recipe.dataset}-{side}-{place}-{key}{STORE}"
+        path = folder / f"{recipe.dataset}-{side}-{fingerprint(parts)}{STORE}"
         records = open_store(path, record, pictures)
-        bad, reasons = np.flatnonzero(records["size"][:, 0] == 0).tolist(), []
-        for i in bad[:40]:
-            try:
-                pictures[i]
-            except Exception as error:
-                reasons.append(ascii(str(error) or type(error).__name__)[1:-1])  # a name may hold anything
-        text = f"{len(bad)} of {len(pictures)} files, which cannot be used: {'; '.join(reasons)}"
-        if not recipe.skip_bad_images and bad or len(reasons) < len(bad[:40]):
+        bad = np.flatnonzero(records["size"][:, 0] == 0).tolist()
+        text = f"{len(bad)} of {len(pictures)} files cannot be used: "
+        text += "; ".join(why_not(pictures, i) for i in bad[:40])
+        if bad and not recipe.skip_bad_images:
             records = None  # Windows removes no file that is mapped
-            path.unlink()  # they may be mended by the next time; some can even be read by now
+            path.unlink()  # some may be mended by the next time
             raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
         if bad:
-            say(f"left out {text}")
+            print(f"left out {text}")
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
-    with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
-        pixels = torch.from_numpy(records["pixels"])
-    if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 2:
-        on_host, pixels = pixels, torch.empty(pixels.shape, dtype=torch.uint8, device=device)
-        for i in range(0, len(pixels), 256):  # the host may have less memory
-            pixels[i : i + 256] = on_host[i : i + 256]
-    return Pictures(pixels, sizes, labels, train, names)
+    pixels = torch.from_numpy(records["pixels"])
+    if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 3:
+        pixels = torch.cat([part.to(device) for part in pixels.split(256)])
+    return Pictures(pixels, sizes, labels, train)
 
-def identify(parts, data_dir):
-    """Digests of the pictures' names, of these and of what changes when a file does, and of the place."""
-    names, stamps = [f"{len(part)} pictures" for part in parts], []
-    files = [part.samples for part in parts if getattr(part, "read", None) is open_picture]
-    for path, _ in sum(files, []):
-        names.append(Path(os.path.relpath(path, data_dir)).as_posix())
+def fingerprint(parts):
+    """A digest that changes when a file of one's own does, or another comes in its place."""
+    stamps = [len(part) for part in parts]
+    for path, _ in sum([part.samples for part in parts if getattr(part, "read", None) is open_picture], []):
         info = os.stat(path) if path.exists() else None
-        stamps.append(info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-    contents = names, names + stamps, str(data_dir.resolve())
-    return [hashlib.sha256(ascii(content).encode()).hexdigest()[:16] for content in contents]
+        stamps.append((path.name, info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns)))
+    return hashlib.sha256(ascii(stamps).encode()).hexdigest()[:16]
 
 def decode(pictures, record, i):
-    """The record of a picture. Its size stays 0 × 0 if it cannot be read."""
+    """The record of a picture, as bytes. Its size stays 0 × 0 if it cannot be read."""
     row = np.zeros((), record)
     with suppress(Exception):  # whatever a damaged file leads to
         picture, row["label"] = pictures[i]
         small = picture.resize(row["pixels"].shape[1:], Image.Resampling.BICUBIC)
         row["pixels"], row["size"] = np.asarray(small).transpose(2, 0, 1), picture.size
-    return row
+    return row.tobytes()
 
-def decode_all(pictures, record):
-    """Yield every record. Threads decode, ahead of the reader by no more than 256 pictures."""
+def why_not(pictures, i):
+    try:
+        return f"{type(pictures[i]).__name__} now"
+    except Exception as error:
+        return ascii(str(error) or type(error).__name__)[1:-1]  # a name may hold anything
+
+def decode_all(pictures, record, file):
+    """Write every record to a file. Threads decode, ahead of the writer by no more than 256 pictures."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(min(16, cores or 1)) as pool:  # Pillow works outside Python's lock
-        for start in tqdm(range(0, len(pictures), 256), "decoding", leave=False, disable=None):
-            part = range(start, min(start + 256, len(pictures)))
-            yield from pool.map(partial(decode, pictures, record), part)
+        for part in tqdm(torch.arange(len(pictures)).split(256), "decoding", leave=False, disable=None):
+            file.writelines(pool.map(partial(decode, pictures, record), part.tolist()))
 
 def open_store(path, record, pictures):
     """The records, mapped into memory. If the file is not there and whole, it is made first."""
-    with suppress(OSError, ValueError):
-        records = np.memmap(path, record, "r")
-        if len(records) == len(pictures):
-            return records
+    size = record.itemsize * len(pictures)
+    if path.exists() and path.stat().st_size == size:
+        return np.memmap(path, record, "c")  # changes would stay in memory
     building = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may build the same
-    size = record.itemsize * len(pictures) / 1e9
-    say(f"decoding {len(pictures):,} pictures once, to {size:.2f} GB in {path.parent}")
+    print(f"decoding {len(pictures):,} pictures once, to {size / 1e9:.2f} GB in {path.parent}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(building, "wb") as file:
-            for row in decode_all(pictures, record):
-                file.write(row.tobytes())
-        for old in path.parent.glob(path.stem[:-16] + "?" * 16 + STORE):  # of files that have changed since
+            decode_all(pictures, record, file)
+        for old in path.parent.glob(path.name.replace(path.stem[-16:], "?" * 16)):  # of files as they were
             old.unlink()
         os.replace(building, path)
-        return np.memmap(path, record, "r")
+        return np.memmap(path, record, "c")
     except OSError as error:
-        text = f"cannot keep {size:.3f} GB of pictures in {path.parent} ({error.strerror}): free some room"
-        raise InputError(f"{text}, lower --cache-side, or name another folder by --cache-dir") from None
+        text = f"cannot keep {size / 1e9:.3f} GB of pictures in {path.parent} ({error.strerror})"
+        raise InputError(f"{text}: free some room, lower --cache-side, or name another --cache-dir") from None
     finally:
         with suppress(OSError):
             building.unlink()
@@ -734,10 +694,9 @@ def write_file(path, write):
             time.sleep(pause)
         os.replace(building, path)
     except OSError as error:
-        with suppress(OSError):
-            building.unlink()
-        text = f"cannot write {path} ({error.strerror}): make room, or make it writable"
-        raise InputError(f"{text}; train.py goes on by --resume") from None
+        building.unlink(missing_ok=True)
+        text = "make room, or make it writable; train.py goes on by --resume"
+        raise InputError(f"cannot write {path} ({error.strerror}): {text}") from None
 
 def summary(step, per_epoch, means, schedule, speed, seconds):
     """A row of metrics.csv: of the steps since the last one."""
@@ -745,7 +704,7 @@ def summary(step, per_epoch, means, schedule, speed, seconds):
     if not math.isfinite(loss):
         raise InputError(f"the loss is not finite by step {step:,}: lower --lr, or try --precision fp32")
     if deviation < 0.1:
-        say(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
+        tqdm.write(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
     lr, weight_decay, momentum = schedule
     return dict(epoch=step / per_epoch, step=step, loss=loss, learning_rate=lr, weight_decay=weight_decay,
                 momentum=momentum, target_std=deviation, images_per_s=speed, seconds=seconds)  # fmt: skip
@@ -759,41 +718,46 @@ def save(out, names, parts, rows, **state):
     try:
         write_file(out / "metrics.csv", partial(np.savetxt, X=[[*row.values()] for row in rows], **how))
     except InputError as error:  # a spreadsheet has it open, say: no reason to stop
-        say(f"warning: {error}")
+        tqdm.write(f"warning: {error}")
 
 def restore(saved, parts, pictures):
     """Put all that changes in training back to where `save` found it.  → step, seconds, history, sums"""
     if saved is None:
         return 0, 0.0, [], torch.zeros(2)
-    try:
-        for name, part in parts.items():
-            if name != "scaler" or saved[name]:  # bf16 and fp32 leave none: fp16 then begins its own
-                part.load_state_dict(saved[name])
-        state, before = [saved[name] for name in ("step", "seconds", "history", "sums")], saved["pictures"]
-    except Exception as error:  # whatever a changed file can lead to
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the checkpoint does not hold what it takes to go on ({reason})") from None
-    if before != pictures:
-        text = f"the run had other pictures ({before}, now {pictures})"
+    if saved["pictures"] != pictures:
+        text = f"the run had other pictures ({saved['pictures']}, now {pictures})"
         raise InputError(f"{text}: put them back, or begin anew in another --out")
-    return state
+    for name, part in parts.items():
+        if name != "scaler" or saved[name]:  # bf16 and fp32 leave none: fp16 then begins its own
+            part.load_state_dict(saved[name])
+    return [saved[name] for name in ("step", "seconds", "history", "sums")]
 
 # ---- Command line and machine ------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """The flags that train.py and eval.py share, and one way to fail. Only flags that were given appear."""
+    """Flags for these fields of Recipe, and for the machine. Only what is given appears in the result."""
 
-    def __init__(self, **settings):
+    def __init__(self, names, **settings):
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **settings)
-        self.add_argument("--data-dir", help="where the pictures are, or will be")
-        self.add_argument("--cache-dir", help="where decoded pictures are kept (default: DATA_DIR/cache)")
-        self.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be read")
+        self.names = names
+        about = "Explained in Recipe (train.py) and Config (scott.py); in brackets the paper's values."
+        group = self.add_argument_group("recipe", about)
+        for field in (field for field in fields(Recipe) if field.name in names):
+            kind = type(field.default)
+            how = dict(type=kind, metavar=kind.__name__.upper())
+            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
+            group.add_argument(f"--{field.name.replace('_', '-')}", help=f"[{field.default}]", **how)
         self.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
         self.add_argument("--precision", default=None, choices=("fp32", "bf16", "fp16"), help="(by device)")
         self.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction, help="(on a GPU)")
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+    def read(self, argv):
+        """(all flags, those of the recipe that were given)"""
+        args = self.parse_args(argv)
+        return args, {name: getattr(args, name) for name in self.names if hasattr(args, name)}
 
 def natural(text):
     """The type of a flag: 0, 1, 2, …"""
@@ -802,23 +766,13 @@ def natural(text):
     return int(text)
 
 def read_arguments(argv):
-    """(all flags, those of the recipe that were given)"""
-    parser = Parser(prog="train.py", description="Pretrain a SCOTT encoder by MIM-JEPA.")
+    names = [field.name for field in fields(Recipe)]
+    parser = Parser(names, prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="", help="the run's folder, a new one (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on in the folder --out")
     parser.add_argument("--max-steps", type=natural, default=0, help="stop there; the schedules stay")
     parser.add_argument("--keep-every", type=natural, default=0, help="also keep every Nth epoch")
-    about = "They are explained in Recipe (train.py) and Config (scott.py); in brackets the paper's values."
-    group = parser.add_argument_group("recipe", about)
-    for field in fields(Recipe):
-        if field.name not in PLACES:
-            flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
-            how = dict(type=kind, metavar=kind.__name__.upper())
-            if kind is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
-            group.add_argument(flag, help=f"[{field.default}]", **how)
-    args = parser.parse_args(argv)
-    return args, {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+    return parser.read(argv)
 
 PLACES = "data_dir", "cache_dir", "skip_bad_images"  # of a recipe: these may change when a run goes on
 
@@ -829,33 +783,20 @@ def default_recipe(given):
         raise InputError("critters are drawn: leave out --data-dir and --cache-dir, or name a --dataset")
     return Recipe(**DIFFERS.get(dataset, {}) | given | {"dataset": dataset})
 
-def recipe_of(saved):
-    try:
-        return Recipe(**saved["recipe"])
-    except TypeError as error:
-        raise InputError(f"the checkpoint's recipe is not of this version ({error})") from None
-
 def open_run(args, given):
     """(recipe, folder, None) of a new run, or with the checkpoint of the one that is to go on."""
     out = Path(args.out or f"runs/{default_recipe(given).dataset}").expanduser()
-    path, kept = out / "ckpt.pt", sorted(out.glob("ckpt*.pt"))
     if out.exists() and not args.resume:
         raise InputError(f"{out} is there: --resume goes on with its run, another --out begins a new one")
-    if not path.exists():
-        if kept:
-            raise InputError(f"{kept[-1]} is there, but no ckpt.pt: copy it to that name to go on from it")
-        if args.resume:
-            say(f"there is no {path} yet: starting from the beginning")
-        recipe, saved = default_recipe(given), None
-    else:
-        saved = load_checkpoint(path)
-        recipe = recipe_of(saved)
+    kept = sorted(out.glob("ckpt*.pt"))  # ckpt.pt comes last
+    saved = load_checkpoint(kept[-1]) if kept else None
+    recipe = Recipe(**saved["recipe"]) if kept else default_recipe(given)
+    if args.resume and not kept:
+        print(f"there is no checkpoint in {out} yet: starting from the beginning")
     for name, value in given.items():
         may_change = name in PLACES and recipe.dataset != "critters"
         if value != getattr(recipe, name) and not may_change:
-            raise InputError(f"{path} has {name} {getattr(recipe, name)}, not {value}: name another --out")
-    if args.keep_every > recipe.epochs:
-        raise InputError(f"keep_every is {args.keep_every}, but there are {recipe.epochs} epochs")
+            raise InputError(f"{out} has {name} {getattr(recipe, name)}, not {value}: name another --out")
     return replace(recipe, **{name: given[name] for name in PLACES if name in given}), out, saved
 
 Machine = namedtuple("Machine", "device dtype compile autocast")
@@ -864,29 +805,28 @@ def choose_machine(args):
     """Choose, and print, what to compute on, the best or as asked. InputError if it cannot be had."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     try:
-        device = torch.device(args.device or next(name for name in there if there[name]))
+        device = torch.device(args.device or next(filter(there.get, there)))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"cannot use {args.device} ({reason}): leave --device out for the best") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    cuda, features = device.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
-    has_bf16 = device.type == "cpu" and any(features.get(f) for f in ("avx512_bf16", "amx_bf16", "bf16"))
-    if cuda:
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif sys.platform == "linux":
-        with suppress(AttributeError):  # glibc alone has it. Freed memory is kept: to get it anew from the
-            mallopt = ctypes.CDLL(None).mallopt  # system costs 5 % of a step, and a third of the views.
+    precision, compile = "fp32", False
+    if device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        compile = importlib.util.find_spec("triton") is not None  # which Windows lacks
+        compile = compile and torch.cuda.get_device_capability(device) >= (7, 0)  # what Triton needs
+    elif device.type == "cpu":
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        if any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):  # in hardware
+            precision = "bf16"
+        with suppress(AttributeError, TypeError):  # glibc has it. Freed memory is kept: to get it anew from
+            mallopt = ctypes.CDLL(None).mallopt  # the system costs 5 % of a step, and a third of the views.
             mallopt(-4, 0)  # M_MMAP_MAX: no block lives outside the heap
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-    best = "bf16" if has_bf16 else "fp32"
-    precision = args.precision or ("fp16" if cuda and not has_bf16 else best)
-    compile = args.compile
-    if compile is None:
-        compile = cuda and importlib.util.find_spec("triton") is not None  # which Windows lacks
-        compile = compile and torch.cuda.get_device_capability(device) >= (7, 0)  # what Triton needs
-    how = "compiled" if compile else "not compiled"
-    say(f"{device} (bf16 in hardware: {has_bf16}), {precision}, {how}")
+    precision = args.precision or precision
+    compile = compile if args.compile is None else args.compile
+    print(f"{device}, {precision}, {'compiled' if compile else 'not compiled'}")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     return Machine(device, dtype, compile, autocast)
@@ -901,23 +841,18 @@ def run(program):
             raise KeyboardInterrupt
         stop.signal = stop.signal or number  # a closing terminal may say so twice
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has two of them
-        number = getattr(signal, name)
-        with suppress(ValueError):  # only the main thread may
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-                signal.signal(number, hear)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # a notebook's has no such thing
-            stream.reconfigure(errors="backslashreplace")  # some terminals know ASCII only
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has two of them
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's
+            signal.signal(getattr(signal, name), hear)
     try:
         raise SystemExit(program(stop=stop))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        message = str(error).replace("\n", "\\n")
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            message = f"out of memory; what was saved is whole. Try a lower --batch-size ({message})"
-        say(f"error: {message}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory; what was saved is whole: try a lower --batch-size", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         stop.heeded = False  # a notebook goes on: its Ctrl-C interrupts again
