@@ -2,8 +2,7 @@
 
     python eval.py runs/pets/ckpt.pt
     python eval.py runs/critters/ckpt.pt --data-dir my/pictures
-    python eval.py runs/a/ckpt.pt runs/b/ckpt.pt            several runs: also their mean and deviation
-    python eval.py "runs/a/ckpt*.pt"                        one run at several times: also curves
+    python eval.py "runs/pets/ckpt*.pt"                     one run at several times: also curves
     python eval.py runs/pets/ckpt.pt --from-scratch         and the same encoder trained on the labels alone
 
 Two probes look at one averaged vector per picture: k nearest neighbours, and a linear classifier. Three
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
-from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine, choose_rows
+from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine
 from train import default_recipe, generator_for, load_pictures, make_optimizer, natural, run, schedules
 from train import set_schedule, write_file
 
@@ -63,7 +62,7 @@ class MultiHeadProbe(nn.Module):
         self.score = nn.Linear(dim, heads)
         self.value = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.classify = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(),
-                                      nn.Linear(dim, classes))  # fmt: skip
+                                      nn.Linear(dim, classes))
 
     def forward(self, tokens):
         B, N, D = tokens.shape
@@ -195,20 +194,18 @@ def split_data(pictures, recipe, machine, per_class=0):
     loader = Loader(pictures, train, recipe, machine, views=1)
     return Data(loader, labels, train, test, int(labels.max()) + 1)
 
-def train_on_labels(forward, parameters, data, epochs, warmup, what, seed, peak_lr=5e-4):
+def train_on_labels(encode, probes, parameters, data, epochs, warmup, seed, peak_lr=5e-4):
     """The supervised loop, for probes and whole networks: AdamW and the schedules of pretraining.
-
-    forward: views [B, 3, H, H] → logits [B, classes] of each head; losses are added. warmup: share of steps
-    """
+    encode: views [B, 3, H, H] → tokens [B, N, D], for all probes; warmup: share of the steps"""
     torch.manual_seed(seed)
     optimizer = make_optimizer(parameters)
     total_steps = epochs * data.loader.steps_per_epoch
-    for step in tqdm(range(1, total_steps + 1), what, leave=False, disable=None):
+    for step in tqdm(range(1, total_steps + 1), "on labels", leave=False, disable=None):
         views, _, rows = data.loader.batch(step)
         set_schedule(optimizer, *schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)[:2])
-        target = data.loader.to_device(data.labels[rows])
-        losses = [F.cross_entropy(logits, target) for logits in forward(views[0])]
-        sum(losses).backward()
+        tokens, target = encode(views[0]), data.loader.to_device(data.labels[rows])
+        # The probes share no weights, so from the sum of their losses each gets the gradient of its own.
+        sum(F.cross_entropy(probe(tokens), target) for probe in probes.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -217,13 +214,7 @@ def train_probes(features, data, dim, epochs, seed):
     torch.manual_seed(seed)
     probes = nn.ModuleDict({name: probe(dim, data.classes) for name, probe in PROBES.items()})
     probes.to(features.machine.device)
-
-    def forward(views):
-        tokens = features(views)
-        # The probes share no weights, so from the sum of their losses each gets the gradient of its own.
-        return [probe(tokens) for probe in probes.values()]
-
-    train_on_labels(forward, probes.parameters(), data, epochs, 0.2, "probes", seed)
+    train_on_labels(features, probes, probes.parameters(), data, epochs, 0.2, seed)
     return probes.eval()
 
 @torch.no_grad()
@@ -240,7 +231,7 @@ def evaluate(features, data, dim, epochs, seed):
     labels, truth = data.labels[data.train], data.labels[data.test]
     votes = knn(train, labels, test, data.classes)
     results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
-               "linear": accuracies(linear(train, labels, test, data.classes), truth)}  # fmt: skip
+               "linear": accuracies(linear(train, labels, test, data.classes), truth)}
     if epochs > 0:
         results |= score_probes(features, train_probes(features, data, dim, epochs, seed), data)
     return results, train, test
@@ -249,19 +240,19 @@ def supervise(encoder, data, recipe, machine):
     """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining,
     for as many epochs and at its learning rate."""
     torch.manual_seed(recipe.seed)
-    probe = SimpleProbe(recipe.dim, data.classes).to(machine.device).train()
+    probes = nn.ModuleDict({"simple": SimpleProbe(recipe.dim, data.classes)}).to(machine.device)
     encoder.to(machine.device).requires_grad_(True).train()
     if machine.compile:
         encoder.compile(fullgraph=True)
 
-    def forward(views):
+    def encode(views):
         # In half precision gradients would need scaling, and this is the yardstick: then without.
         with machine.autocast() if machine.dtype == torch.bfloat16 else nullcontext():
-            return [probe(layer_norm(encoder(views))).float()]
+            return layer_norm(encoder(views)).float()
 
-    parameters = [*encoder.parameters(), *probe.parameters()]
-    train_on_labels(forward, parameters, data, recipe.epochs, 40 / 300, "on labels", recipe.seed, recipe.lr)
-    return score_probes(Features(encoder, data.loader, machine), {"simple": probe.eval()}, data)
+    parameters = [*encoder.parameters(), *probes.parameters()]
+    train_on_labels(encode, probes, parameters, data, recipe.epochs, 40 / 300, recipe.seed, recipe.lr)
+    return score_probes(Features(encoder, data.loader, machine), probes.eval(), data)
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
 
@@ -327,7 +318,7 @@ def enlarged(visible, side):
     return F.interpolate(visible.view(-1, 1, grid, grid).float(), size=(side, side)) > 0.5
 
 def draw_views(path, loader, step):
-    """What a step of training saw: both views of six pictures, and what of the first is visible."""
+    """What a step of training sees: both views of six pictures, and what of the first is visible."""
     views, visible, _ = loader.batch(max(1, step))
     first, second = views[:, :6] * loader.std + loader.mean  # [6, 3, H, H] each, from 0 to 1
     stripes = torch.arange(first.shape[-1], device=loader.device)
@@ -351,10 +342,10 @@ def draw_components(path, loader, features, images):
     save_grid(path, [""] * len(images), rows)
 
 def draw_neighbours(path, loader, data, averages):
-    """Three test pictures, each with its five nearest training pictures by the features of each encoder.
+    """Two test pictures, each with its five nearest training pictures by the features of each encoder.
     averages: {encoder: (training features [n, D], test features)}"""
     rows, notes = {}, []
-    for i in torch.linspace(0, len(data.test) - 1, 3).long().tolist():
+    for i in torch.linspace(0, len(data.test) - 1, 2).long().tolist():
         for name, (train, test) in averages.items():
             likeness = F.normalize(train, dim=1) @ F.normalize(test[i], dim=0)
             nearest = data.train[likeness.topk(min(5, len(train))).indices]
@@ -404,17 +395,13 @@ def read_arguments(argv):
     parser.add_argument("--no-pca", help="draw no pictures", **off)
     return parser.read(argv)
 
-def print_table(results, width=11):
-    """A line for each probe and encoder. A figure is a number, or several, one for each run: then their mean
-    and standard deviation are shown."""
-    titles = "".join(f"{title:>{width}}" for title in ("top-1", "top-5", "per class"))
-    print(f"\n{'probe':12}{'encoder':14}{titles}   (%, test split)")
+def print_table(results):
+    """A line for each probe and encoder."""
+    print(f"\n{'probe':12}{'encoder':14}{'top-1':>11}{'top-5':>11}{'per class':>11}   (%, test split)")
     for probe in ("k-NN", "linear", *PROBES):
         for encoder, figures in results.items():
             if probe in figures:
-                texts = [f"{np.mean(f):.1f}" + (f" ± {np.std(f, ddof=1):.1f}" if np.size(f) > 1 else "")
-                         for f in figures[probe]]  # fmt: skip
-                print(f"{probe:12}{encoder:14}" + "".join(f"{text:>{width}}" for text in texts))
+                print(f"{probe:12}{encoder:14}" + "".join(f"{figure:>11.1f}" for figure in figures[probe]))
 
 def choose_data(recipe, given):
     """The recipe of the pictures to probe on: the run's own, elsewhere perhaps, or another data set."""
@@ -424,19 +411,15 @@ def choose_data(recipe, given):
     own = "image_size", "mask_ratio", "masking", "seed"
     return replace(default_recipe(given), **{name: getattr(recipe, name) for name in own})
 
-def draw_run(place, saved, loader, features, source, machine):
+def draw_run(place, saved, loader, features):
     """The pictures of a run that need no labels. place("pca.png"): where that one belongs."""
-    recipe, rows, generator = loader.recipe, loader.rows, generator_for(loader.recipe.seed, 5)
+    recipe, generator = loader.recipe, generator_for(loader.recipe.seed, 5)
     epochs, columns = [row["epoch"] for row in saved["history"]], ("loss", "target_std", "learning_rate")
     if len(epochs) > 1:
         curves = {name: {name: (epochs, [row[name] for row in saved["history"]])} for name in columns}
         save_curves(place("curves.png"), curves, "epochs")
-    chosen = choose_rows(loader.pictures, source)
-    source = replace(source, batch_size=min(source.batch_size, len(chosen)))
-    shown = Loader(loader.pictures, chosen, source, machine)
-    draw_views(place("views.png"), shown, saved["step"])
-    test = rows[rows >= loader.pictures.train % len(loader.pictures.labels)]  # all, if there is no test split
-    images = central_views(loader, test[torch.randperm(len(test), generator=generator)[:6]])
+    draw_views(place("views.png"), loader, saved["step"])
+    images = central_views(loader, loader.rows[torch.randperm(len(loader.rows), generator=generator)[:6]])
     draw_components(place("pca.png"), loader, features, images)
     encoder = features["trained"].encoder
     if encoder.config.tokenizer != "patch":
@@ -463,9 +446,8 @@ def probe_checkpoint(path, args, given, machine):
     def report():
         """Called after each long part: if the next one is stopped, this much is there."""
         print_table(results)
-        about = dict(checkpoint=str(path), encoder=args.encoder, step=saved["step"], dataset=source.dataset,
-                     labels=args.labels, probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"],
-                     results=results)  # fmt: skip
+        about = dict(step=saved["step"], dataset=source.dataset, encoder=args.encoder, labels=args.labels,
+                     probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"], results=results)
         write_file(place("eval.json"), lambda file: file.write(json.dumps(about, indent=1).encode()))
 
     readable = (pictures.sizes[:, 0] > 0).nonzero().squeeze(1)
@@ -474,7 +456,7 @@ def probe_checkpoint(path, args, given, machine):
     if not args.no_baseline:
         features["untrained"] = Features(untrained(), loader, machine)
     if not args.no_pca:
-        draw_run(place, saved, loader, features, source, machine)
+        draw_run(place, saved, loader, features)
     data = split_data(pictures, source, machine, args.labels)
     counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
     print(f"{source.dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
@@ -498,7 +480,7 @@ def draw_course(path, times):
     epochs, probes = sorted(times), last["trained"]
     curves = {name: (epochs, [times[t][1]["trained"][name][0] for t in epochs]) for name in probes}
     start = {f"{name}, untrained": ([0, max(times)], [row[0]] * 2)  # a line to compare with
-             for name, row in last.get("untrained", {}).items()}  # fmt: skip
+             for name, row in last.get("untrained", {}).items()}
     loss = [row["epoch"] for row in history], [row["loss"] for row in history]
     save_curves(path, {"loss": {"loss": loss}, "accuracy, top-1 in %": curves | start}, "epochs")
     print(f"wrote {path}")
@@ -515,10 +497,6 @@ def main(argv=None, stop=None):
     for folder, times in runs.items():
         if len(times) > 1:
             draw_course(folder / "probes.png", times)
-    if len(runs) > 1:
-        print(f"\nmean ± standard deviation of {len(runs)} runs, each at its last checkpoint")
-        last = [times[max(times)][1] for times in runs.values()]
-        print_table({e: {p: [*zip(*(run[e][p] for run in last))] for p in last[0][e]} for e in last[0]}, 15)
     return 0
 
 if __name__ == "__main__":

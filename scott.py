@@ -171,14 +171,6 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, x, visible=None):
         return hide(super().forward(x), visible)
 
-def max_pool(x):
-    """The maximum of each 2×2 window, with stride 1.  [B, C, S, S] → [B, C, S-1, S-1]"""
-    if x.requires_grad or x.device.type != "cpu":
-        return F.max_pool2d(x, kernel_size=2, stride=1)
-    # The same, on a CPU many times as fast; with a gradient it would be slower.
-    x = torch.maximum(x[:, :, 1:], x[:, :, :-1])
-    return torch.maximum(x[:, :, :, 1:], x[:, :, :, :-1])
-
 class MaskedMaxBlurPool(nn.Module):
     """Halve a feature map: the maximum of each 2×2 window, then a blur, then drop every second pixel.
 
@@ -190,7 +182,7 @@ class MaskedMaxBlurPool(nn.Module):
     """
 
     def forward(self, x, visible=None):
-        x = max_pool(x)  # [B, C, S-1, S-1]
+        x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
         x = F.avg_pool2d(x, kernel_size=2, stride=1, padding=1)  # [B, C, S, S], zeros beyond the border
         x = F.avg_pool2d(x, kernel_size=2)  # [B, C, S/2, S/2]
         return hide(x, visible)
@@ -494,11 +486,10 @@ def load_encoder(checkpoint, which="context", device="cpu"):
         encoder = Encoder(Config(**{field.name: saved["recipe"][field.name] for field in fields(Config)}))
         weights = {n.removeprefix(prefix): w for n, w in saved["model"].items() if n.startswith(prefix)}
         encoder.load_state_dict(weights)
-        if not all(weight.isfinite().all() for weight in weights.values()):
-            raise ValueError("some weights are not finite")
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())  # torch's has several lines
-        raise InputError(f"the checkpoint does not hold the encoder it says it holds ({reason})") from None
+    except (KeyError, TypeError, RuntimeError):
+        raise InputError("the checkpoint does not hold the encoder that its recipe describes") from None
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise InputError("the checkpoint's weights are not all finite: its training has failed")
     return encoder.to(device).requires_grad_(False).eval()
 
 # ---- A demonstration: one step of training, on noise -------------------------------------------------------

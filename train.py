@@ -78,7 +78,7 @@ class Recipe(Config):
         self.require("pretrain_split", self.pretrain_split in ("all", "train"), "all or train")
 
 SMALL = dict(image_size=64, dim=128, depth=4, dropout=0.0, attention_dropout=0.0, drop_path=0.0,
-             batch_size=32, lr=3e-4, momentum=0.99)  # fmt: skip
+             batch_size=32, lr=3e-4, momentum=0.99)
 DIFFERS = {  # where the defaults of a data set are not the paper's, but what two CPU cores can do
     "critters": SMALL | dict(cache_side=64, mask_ratio=0.5, pictures=8000, epochs=13, probe_epochs=4),
     "imagenette": SMALL | dict(cache_side=160, pretrain_split="train", epochs=120, probe_epochs=10),
@@ -108,7 +108,7 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
 # ---- Schedules and optimiser -------------------------------------------------------------------------------
 
 def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, end_lr=1e-5, flat=0.72,
-              start_decay=0.04, end_decay=0.4, start_momentum=0.996, end_momentum=1.0):  # fmt: skip
+              start_decay=0.04, end_decay=0.4, start_momentum=0.996, end_momentum=1.0):
     """(learning rate, weight decay, EMA momentum) of step 1 … total_steps. The first climbs in a line, keeps
     its peak for the share `flat` of the steps after warm-up, and falls along half a cosine."""
     done = step / total_steps
@@ -128,7 +128,7 @@ def make_optimizer(parameters):
     """AdamW in two groups: matrices, whose weight decay is scheduled, and vectors, which have none."""
     parameters = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, fused=True)  # its own β are the paper's, 0.9 and 0.999
 
 def set_schedule(optimizer, lr, weight_decay):
@@ -258,9 +258,7 @@ class Loader:
     def __init__(self, pictures, rows, recipe, machine, views=2):
         self.pictures, self.rows, self.recipe, self.device = pictures, rows, recipe, machine.device
         self.views, self.steps_per_epoch = views, len(rows) // recipe.batch_size
-        if self.steps_per_epoch == 0:
-            text = f"{len(rows)} pictures do not fill a batch of {recipe.batch_size}"
-            raise InputError(f"{text}: lower --batch-size, or take more --pictures")
+        recipe.require("batch_size", self.steps_per_epoch > 0, f"at most {len(rows)}, as many as the pictures")
         self.mean, self.std = torch.tensor([MEAN, STD], device=machine.device).view(2, 3, 1, 1)
         # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
@@ -279,11 +277,10 @@ class Loader:
         order, factors = draw_colours(self.views * B, generator)
         mask = recipe.grid, recipe.mask_ratio, recipe.masking, generator
         visible = self.to_device(sample_masks(B, *mask)) if self.views > 1 else None
-        # One float table, a line for each picture: row, crop, mirrored, and the factors of its views.
-        drawn = self.to_device(torch.cat([rows[:, None], crops, mirrored, *factors.split(B)], dim=1))
-        images = self.crop(rows, drawn[:, :6]).repeat(self.views, 1, 1, 1)
-        factors = torch.cat(drawn[:, 6:].chunk(self.views, dim=1))
-        images = self.normalise(apply_colours(images, order, factors, self.operations))
+        drawn = torch.cat([rows[:, None], crops, mirrored], dim=1).repeat(self.views, 1)
+        drawn = self.to_device(torch.cat([drawn, factors], dim=1))  # [V·B, 6 + operations], all as float
+        images = self.crop(rows, drawn[:B, :6]).repeat(self.views, 1, 1, 1)
+        images = self.normalise(apply_colours(images, order, drawn[:, 6:], self.operations))
         return images.unflatten(0, (self.views, B)), visible, rows
 
     def crop(self, rows, drawn):
@@ -332,22 +329,22 @@ def main(argv=None, stop=None):
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}, "
-               f"{parameters:.1f} M parameters\nThe loss says little. target_std dips while the learning "
-               "rate climbs, then stays at 0.6 to 0.9; below 0.1 by then is a collapse.")  # fmt: skip
+          f"{parameters:.1f} M parameters\nThe loss says little. target_std dips while the learning rate "
+          "climbs, then stays at 0.6 to 0.9; below 0.1 by then is a collapse.")
 
     stop.heeded = True  # from here on a signal waits until its step is whole
     first, saved_at, row_at = step + 1, time.perf_counter(), step - (step % per_epoch) % ROW
     started, lap = saved_at - seconds, (0, math.nan)  # lap: step and time that speed counts from
     pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
-              mininterval=pause, maxinterval=pause) as bar:  # fmt: skip
+              mininterval=pause, maxinterval=pause) as bar:
         for step in range(first, last_step + 1):
             if step == first + 3:  # all is compiled by now: wait for the device, then start the clock
                 sums.tolist()
                 lap = step - 1, time.perf_counter()
             views, visible, _ = loader.batch(step)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
-                                 start_momentum=recipe.momentum)  # fmt: skip
+                                 start_momentum=recipe.momentum)
             torch.manual_seed(generator_for(recipe.seed, 3, step).initial_seed())  # what dropout draws from
             pair = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
             sums += torch.stack(pair)  # on the device: to read a number is to wait for it
@@ -368,7 +365,7 @@ def main(argv=None, stop=None):
             if end or keep or now - saved_at > 60:
                 files = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
                 save(out, files, parts, rows_now, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
-                     seconds=now - started, history=history, sums=sums, pictures=ident)  # fmt: skip
+                     seconds=now - started, history=history, sums=sums, pictures=ident)
                 saved_at = time.perf_counter()
             if end:
                 break
@@ -376,7 +373,7 @@ def main(argv=None, stop=None):
         print(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + stop.signal
     print(f"saved: {out / 'ckpt.pt'} is at step {step:,} of {total_steps:,}. "
-               f"Next: python eval.py {out / 'ckpt.pt'}")  # fmt: skip
+          f"Next: python eval.py {out / 'ckpt.pt'}")
     return 0
 
 # ---- Part 2: plumbing, skip it on a first reading ----------------------------------------------------------
@@ -462,7 +459,7 @@ def open_datasets(recipe):
         return open_folder(root, ("train", "val") if name == "imagenet100" else ("train", "val", "test"))
     kind, splits, count = LIBRARY[name]
     try:
-        import scipy  # torchvision wants it for flowers, but only after the download  # noqa: F401
+        import scipy  # torchvision wants it for flowers, but only after the download
         parts = [kind(root, split, download=True) for split in splits]
     except Exception as error:  # no network, no room, a broken archive or list: whatever it leads to
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -534,11 +531,10 @@ def choose_rows(pictures, recipe):
     rows, held_out = torch.arange(len(pictures.labels)).tensor_split([pictures.train])
     if recipe.pretrain_split == "all":
         rows = torch.cat([rows, held_out])
-    elif len(held_out) == 0:
-        raise InputError(f"pretrain_split is 'train', but {recipe.data_dir} has no such split. {LAYOUT}")
+    else:
+        recipe.require("pretrain_split", len(held_out) > 0, f"all: there is no split to leave out. {LAYOUT}")
     if recipe.dataset != "critters" and recipe.pictures:
-        if recipe.pictures > len(rows):
-            raise InputError(f"pictures is {recipe.pictures}, but there are {len(rows)}")
+        recipe.require("pictures", recipe.pictures <= len(rows), f"at most {len(rows)}")
         rows = rows[torch.randperm(len(rows), generator=generator_for(recipe.seed, 2))[: recipe.pictures]]
     return rows[pictures.sizes[rows, 0] > 0]
 
@@ -657,35 +653,23 @@ def decode_all(pictures, record, file):
 def open_store(path, record, pictures):
     """The records, mapped into memory. If the file is not there and whole, it is made first."""
     size = record.itemsize * len(pictures)
-    if path.exists() and path.stat().st_size == size:
-        return np.memmap(path, record, "c")  # changes would stay in memory
-    building = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may build the same
-    print(f"decoding {len(pictures):,} pictures once, to {size / 1e9:.2f} GB in {path.parent}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(building, "wb") as file:
-            decode_all(pictures, record, file)
-        for old in path.parent.glob(path.name.replace(path.stem[-16:], "?" * 16)):  # of files as they were
-            old.unlink()
-        os.replace(building, path)
-        return np.memmap(path, record, "c")
-    except OSError as error:
-        text = f"cannot keep {size / 1e9:.3f} GB of pictures in {path.parent} ({error.strerror})"
-        raise InputError(f"{text}: free some room, lower --cache-side, or name another --cache-dir") from None
-    finally:
-        with suppress(OSError):
-            building.unlink()
+    if not path.exists() or path.stat().st_size != size:
+        print(f"decoding {len(pictures):,} pictures once, to {size / 1e9:.2f} GB in {path.parent}")
+        advice = "free some room, lower --cache-side, or name another --cache-dir"
+        write_file(path, partial(decode_all, pictures, record), advice)
+        for old in {*path.parent.glob(path.name.replace(path.stem[-16:], "?" * 16))} - {path}:
+            old.unlink()  # of files that have changed since
+    return np.memmap(path, record, "c")  # changes would stay in memory
 
 # ---- What a run leaves: checkpoints and records ------------------------------------------------------------
 
-
-def write_file(path, write):
+def write_file(path, write, advice="make room, or make it writable; train.py goes on by --resume"):
     """Save what `write(file)` writes, under another name until it is whole: nobody ever finds half a file."""
-    content, building = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(content)  # into memory, so that only the disk can fail below
+    building = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may build the same
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(building, "wb") as file:
-            file.write(content.getbuffer())
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         for pause in (0.1, 0.3, 1, 3):  # seconds: on Windows another program may have it open for a moment
@@ -694,9 +678,10 @@ def write_file(path, write):
             time.sleep(pause)
         os.replace(building, path)
     except OSError as error:
-        building.unlink(missing_ok=True)
-        text = "make room, or make it writable; train.py goes on by --resume"
-        raise InputError(f"cannot write {path} ({error.strerror}): {text}") from None
+        raise InputError(f"cannot write {path} ({error.strerror}): {advice}") from None
+    finally:
+        with suppress(OSError):
+            building.unlink()
 
 def summary(step, per_epoch, means, schedule, speed, seconds):
     """A row of metrics.csv: of the steps since the last one."""
@@ -707,13 +692,14 @@ def summary(step, per_epoch, means, schedule, speed, seconds):
         tqdm.write(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
     lr, weight_decay, momentum = schedule
     return dict(epoch=step / per_epoch, step=step, loss=loss, learning_rate=lr, weight_decay=weight_decay,
-                momentum=momentum, target_std=deviation, images_per_s=speed, seconds=seconds)  # fmt: skip
+                momentum=momentum, target_std=deviation, images_per_s=speed, seconds=seconds)
 
 def save(out, names, parts, rows, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
     state |= {name: part.state_dict() for name, part in parts.items()} | {"format": FORMAT}
+    torch.save(state, content := io.BytesIO())  # into memory: then only the disk can fail
     for name in names:
-        write_file(out / name, partial(torch.save, state))
+        write_file(out / name, lambda file: file.write(content.getbuffer()))
     how = dict(fmt="%.9g", delimiter=",", header=",".join(rows[0]), comments="")
     try:
         write_file(out / "metrics.csv", partial(np.savetxt, X=[[*row.values()] for row in rows], **how))
