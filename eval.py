@@ -34,7 +34,7 @@ from tqdm import tqdm
 from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
 from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine
-from train import default_recipe, generator_for, load_pictures, make_optimizer, natural, run, schedules
+from train import default_recipe, generator_for, load_pictures, make_optimizer, run, schedules
 from train import set_schedule, write_file
 
 # ---- Attentive probes: tokens [B, N, D] → logits [B, classes] ----------------------------------------------
@@ -272,42 +272,42 @@ def save_grid(path, titles, rows, notes=(), tile=132):
             place = left + x * (tile + 4), top + y * (tile + foot)
             canvas.paste(to_pil_image(image).resize((tile, tile), Image.Resampling.NEAREST), place)
             if notes:
-                pen.text((place[0], place[1] + tile + 1), notes[y][x], INK, WORDS)
+                colour = "#d00000" if notes[y][x] == "WRONG" else INK
+                pen.text((place[0], place[1] + tile + 1), notes[y][x], colour, WORDS)
     write_file(path, partial(canvas.save, format="PNG"))
 
-def round_ticks(low, high):
-    """A few round numbers from low to high."""
-    rough = max(high - low, 1e-9) / 6
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
-    return [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+def round_ticks(high):
+    """A few round numbers from 0 to high."""
+    unit = 10 ** math.floor(math.log10(high / 6))
+    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= high / 6)
+    return [step * n for n in range(math.floor(high / step + 1e-9) + 1)]
 
 def save_curves(path, panels, across):
-    """A panel for each {title: {name: (xs, ys)}}, over the same axis from 0 on, with the title `across`."""
+    """A panel for each {title: {name: (xs, ys)}}, over one axis with the title `across`. Axes begin at 0."""
     left, right, height = 80, 820, 230
     canvas = Image.new("RGB", (right + 150, height * len(panels) + 30), "white")
     pen = ImageDraw.Draw(canvas)
     longest = max(x for lines in panels.values() for xs, _ in lines.values() for x in xs)
     for number, (title, lines) in enumerate(panels.items()):
         top, bottom = height * number + 34, height * (number + 1) - 22
-        values = [y for _, ys in lines.values() for y in ys if math.isfinite(y)] or [0]
-        margin = max(0.05 * (max(values) - min(values)), 1e-6)
-        low, high = min(values) - margin, max(values) + margin
+        high = 1.05 * max(max(ys) for _, ys in lines.values()) or 1.0
+
+        def place(x, y):
+            return left + x / longest * (right - left), bottom - y / high * (bottom - top)
+
         pen.text((left, top - 24), title, INK, WORDS)
-        for y in round_ticks(low, high):
-            at = np.interp(y, (low, high), (bottom, top))
-            pen.line((left, at, right, at), "#dddddd")
-            pen.text((left - 8, at), f"{y:.4g}", INK, WORDS, anchor="rm")
-        for x in round_ticks(0, longest):
-            at = np.interp(x, (0, longest), (left, right))
-            pen.line((at, top, at, bottom), "#dddddd")
-            pen.text((at, bottom + 4), f"{x:,g}", INK, WORDS, anchor="mt")
+        for y in round_ticks(high):
+            pen.line((place(0, y), place(longest, y)), "#dddddd")
+            pen.text((left - 8, place(0, y)[1]), f"{y:.4g}", INK, WORDS, anchor="rm")
+        for x in round_ticks(longest):
+            pen.line((place(x, 0), place(x, high)), "#dddddd")
+            pen.text((place(x, 0)[0], bottom + 4), f"{x:,g}", INK, WORDS, anchor="mt")
         label_at = bottom + 100
         ranked = sorted(zip(COLOURS * 2, lines.items()), key=lambda pair: pair[1][1][1][-1])
         for colour, (name, (xs, ys)) in ranked:
-            heights = np.interp(ys, (low, high), (bottom, top)).tolist()
-            pen.line([*zip(np.interp(xs, (0, longest), (left, right)), heights)], colour, min(3, len(xs) - 1))
-            label_at = min(heights[-1], label_at - 16)  # from the lowest up: they must not overlap
+            points = [*map(place, xs, ys)]
+            pen.line(points, colour, min(3, len(xs) - 1))
+            label_at = min(points[-1][1], label_at - 16)  # from the lowest up: they must not overlap
             pen.text((right + 8, label_at), name, colour, WORDS, anchor="lm")
     pen.text((right, height * len(panels) + 8), across, INK, WORDS, anchor="rt")
     write_file(path, partial(canvas.save, format="PNG"))
@@ -352,7 +352,7 @@ def draw_neighbours(path, loader, data, averages):
             shown = torch.cat([data.test[i, None], nearest])
             rows[f"{name}\nencoder{' ' * len(rows)}"] = central_views(loader, shown)
             right = data.labels[nearest] == data.labels[data.test[i]]
-            notes.append([""] + ["right" if same else "WRONG class" for same in right])
+            notes.append([""] + ["right" if same else "WRONG" for same in right])
     save_grid(path, ["test picture", "nearest", "second", "third", "fourth", "fifth"], rows, notes)
 
 @torch.no_grad()
@@ -371,13 +371,13 @@ def draw_leak(path, tokenizer, loader, image, visible):
             x = layer(x, mask).relu()  # which changes nothing after a pool
             active = x.mean(1, keepdim=True)
             made_up = active[~enlarged(visible, active.shape[-1])] > 0
-            texts.append(f"{made_up.float().mean():.0%} of the hole")
+            texts.append(f"{made_up.float().mean():.0%} of it filled")
             active = F.interpolate(active, size=(side, side))
             grey = torch.where(seen, 1 - (active / active.max()).sqrt(), 1.0)
             tiles.append(torch.where((active > 0) & ~seen, orange, grey))
         rows[label] = torch.cat([torch.where(rim, 0.0, tile) for tile in tiles])
         notes.append(texts)
-    titles = "picture", "what is seen", "convolution 1", "pool 1", "convolution 2", "pool 2"
+    titles = "picture", "its visible part", "convolution 1", "pool 1", "convolution 2", "pool 2"
     save_grid(path, titles, rows, notes)
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -386,8 +386,8 @@ def read_arguments(argv):
     parser = Parser(("dataset", *PLACES), prog="eval.py", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="file, or pattern with *")
     parser.add_argument("--encoder", choices=("context", "target"), default="context", help="(context)")
-    parser.add_argument("--epochs", type=natural, default=None, help="of attentive probes (the recipe's)")
-    parser.add_argument("--labels", type=natural, default=0, help="labelled pictures per class; 0: all (0)")
+    parser.add_argument("--epochs", type=int, default=None, help="of attentive probes (the recipe's)")
+    parser.add_argument("--labels", type=int, default=0, help="labelled pictures per class; 0: all (0)")
     off = dict(action="store_true", default=False)
     parser.add_argument("--from-scratch", help="also train on the labels alone", **off)
     parser.add_argument("--finetune", help="also train on from the checkpoint by labels", **off)

@@ -489,7 +489,7 @@ def load_encoder(checkpoint, which="context", device="cpu"):
     except (KeyError, TypeError, RuntimeError):
         raise InputError("the checkpoint does not hold the encoder that its recipe describes") from None
     if not all(weight.isfinite().all() for weight in weights.values()):
-        raise InputError("the checkpoint's weights are not all finite: its training has failed")
+        raise InputError("some of the checkpoint's weights are not finite: its training has failed")
     return encoder.to(device).requires_grad_(False).eval()
 
 # ---- A demonstration: one step of training, on noise -------------------------------------------------------

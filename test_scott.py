@@ -1,6 +1,6 @@
 """Proofs of the method, of training and evaluation, and of what can go wrong.     pytest -q test_scott.py
 
-No test needs a download, a GPU, or a file from elsewhere. All of them take about 80 seconds on two CPU cores.
+No test needs a download, a GPU, or a file from elsewhere. All of them take about 70 seconds on two CPU cores.
 """
 
 import io
@@ -8,22 +8,16 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
-import resource
 import runpy
-import shlex
 import signal
 import struct
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # these tensors are so small that several cores would wait for each other
@@ -33,18 +27,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch.utils._pytree import tree_leaves
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
 import eval as probing
 import scott
 import train
-from scott import (
-    MIMJEPA, Config, Encoder, InputError, Predictor, Tokenizer, attend, count_visible, jepa_loss, layer_norm,
-    load_checkpoint, load_encoder, position_embedding, sample_masks, target_deviation,
-)  # fmt: skip
+from scott import MIMJEPA, Config, Encoder, InputError, Predictor, Tokenizer, count_visible, jepa_loss
+from scott import layer_norm, load_checkpoint, load_encoder, position_embedding, sample_masks
 
 HERE = Path(__file__).resolve().parent
 SMALL = Config(image_size=96, dim=32, depth=2, heads=2, predictor_depth=2)
@@ -61,9 +51,8 @@ def enlarged(visible, side):
     grid, cell = math.isqrt(visible.shape[1]), side // math.isqrt(visible.shape[1])
     return visible.view(-1, 1, grid, grid).repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
 
-def batch(config=SMALL, count=4):
-    shape = (count, 3, config.image_size, config.image_size)
-    return torch.randn(shape), torch.randn(shape), sample_masks(count, config.grid)
+def batch():
+    return torch.randn(4, 3, 96, 96), torch.randn(4, 3, 96, 96), sample_masks(4, 6)
 
 # ---- Masks -------------------------------------------------------------------------------------------------
 
@@ -78,9 +67,6 @@ def test_masks_have_the_same_number_of_visible_tokens_and_come_from_the_generato
     assert [count_visible(100, ratio / 100) for ratio in range(1, 100)] == list(range(99, 0, -1))
     draws = [sample_masks(8, 14, 0.6, masking, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and len(torch.cat(draws).unique(dim=0)) == 16
-    for impossible in ((2, 1), (2, 4, -0.5), (2, 4, 0.5, "bloc")):
-        with pytest.raises(InputError):
-            sample_masks(*impossible)
 
 def test_block_masks_have_the_papers_shape():
     """The border of the hidden part is 41 ± 8 cells long; the centre 4×4 is visible 73 % of the time."""
@@ -116,18 +102,15 @@ def test_no_filling_every_convolution_and_every_pool_is_masked_again():
     assert torch.equal(*(tokenizer(images) for tokenizer in tokenizers))
 
 def plain_tokenizer(tokenizer, images, visible):
-    """The tokenizer written out: multiplications by the mask, a loop for the filter [1 2 1]ᵀ[1 2 1]/16."""
-    x = images * enlarged(visible, images.shape[-1])
+    """The tokenizer written out: multiplications by the mask, maxima, the filter [1 2 1]ᵀ[1 2 1]/16."""
+    x, line = images * enlarged(visible, images.shape[-1]), torch.tensor([1, 2, 1], dtype=torch.float64)
     for conv in (tokenizer.conv1, tokenizer.conv2):
         x = F.conv2d(x, conv.weight, stride=2, padding=3)
         x = (x * enlarged(visible, x.shape[-1])).relu()
         x = torch.stack([x[..., :-1, :-1], x[..., 1:, :-1], x[..., :-1, 1:], x[..., 1:, 1:]]).amax(0)
-        padded, side = F.pad(x, (1, 1, 1, 1)), x.shape[-1] // 2 + 1
-        x = torch.zeros(*x.shape[:2], side, side, dtype=x.dtype)
-        for i, a in enumerate((1, 2, 1)):
-            for j, b in enumerate((1, 2, 1)):
-                x += a * b / 16 * padded[..., i : i + 2 * side - 1 : 2, j : j + 2 * side - 1 : 2]
-        x = x * enlarged(visible, side)
+        kernel = line.outer(line).expand(x.shape[1], 1, 3, 3) / 16
+        x = F.conv2d(x, kernel, stride=2, padding=1, groups=len(kernel))
+        x = x * enlarged(visible, x.shape[-1])
     return x.flatten(2).transpose(1, 2)
 
 @pytest.mark.parametrize("side", [32, 224])
@@ -154,19 +137,17 @@ def test_positions_entry_by_entry_are_computed_for_any_image_size_and_not_stored
         assert torch.allclose(table[row * 5 + column], torch.tensor(expected), atol=1e-6)
     encoder = Encoder(SMALL).eval()
     for side in (32, 96, 192):
-        with torch.device("meta"):  # as large models are made
-            trained_there = Encoder(replace(SMALL, image_size=side)).eval()
-        trained_there.to_empty(device="cpu").load_state_dict(encoder.state_dict())
+        trained_there = Encoder(replace(SMALL, image_size=side)).eval()
+        trained_there.load_state_dict(encoder.state_dict())
         images = torch.randn(1, 3, side, side)
         assert torch.equal(encoder(images), trained_there(images))
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_attention_is_the_same_on_a_cpu_and_on_a_gpu(dropout):
+def test_attention_drops_weights_and_is_the_same_on_a_cpu_and_on_a_gpu():
     """The products written out and the GPU's single kernel: with the same dropout mask the same numbers."""
     (q, k, v), results = torch.randn(3, 2, 4, 9, 8).unbind(0), []
-    for form in (attend, lambda q, k, v, p: F.scaled_dot_product_attention(q, k, v, dropout_p=p)):
+    for form in (scott.attend, lambda q, k, v, p: F.scaled_dot_product_attention(q, k, v, dropout_p=p)):
         torch.manual_seed(1)
-        results.append(form(q, k, v, dropout))
+        results.append(form(q, k, v, 0.3))
     assert torch.allclose(*results, atol=1e-5)
 
 def plain_block(block, x, heads):
@@ -251,8 +232,8 @@ def test_the_loss_by_hand_and_a_collapse_that_the_watch_sees():
     assert loss == pytest.approx((((0.5 + 0) / 2 + (2.5 + 0) / 2 + 0) / 3 + 0.125) / 2)
     assert jepa_loss(prediction.bfloat16(), torch.zeros(2, 4, 2).bfloat16(), visible).dtype == torch.float32
     healthy = layer_norm(torch.randn(64, 4, 256))
-    assert target_deviation(healthy) == pytest.approx(1, abs=0.05)
-    assert target_deviation(healthy[:1].expand(64, 4, 256)) < 1e-6  # though it tells places apart
+    assert scott.target_deviation(healthy) == pytest.approx(1, abs=0.05)
+    assert scott.target_deviation(healthy[:1].expand(64, 4, 256)) < 1e-6  # though it tells places apart
 
 def test_the_target_starts_as_a_copy_gets_no_gradient_and_no_dropout_and_follows_as_a_moving_average():
     """target ← m · target + (1 − m) · context, for all parameters"""
@@ -262,8 +243,7 @@ def test_the_target_starts_as_a_copy_gets_no_gradient_and_no_dropout_and_follows
     model(*batch()).backward()
     assert all(p.grad is None and not p.requires_grad for p in target.parameters())
     assert all(p.grad.abs().sum() > 0 for part in (context, model.predictor) for p in part.parameters())
-    assert all(module.training for module in context.modules())
-    assert not any(module.training for module in target.modules())
+    assert all(m.training for m in context.modules()) and not any(m.training for m in target.modules())
     for parameter in context.parameters():
         parameter.data += torch.randn_like(parameter)
     before = [p.clone() for p in target.parameters()]
@@ -271,16 +251,16 @@ def test_the_target_starts_as_a_copy_gets_no_gradient_and_no_dropout_and_follows
     for old, ours, theirs in zip(before, context.parameters(), target.parameters(), strict=True):
         assert torch.allclose(theirs, 0.9 * old + 0.1 * ours, atol=1e-6)
 
-@pytest.mark.parametrize("config, dtype", [(STILL, torch.bfloat16), (SMALL, None)])
-def test_training_compiles_to_one_graph(config, dtype):
-    """fullgraph=True raises where a graph breaks. Without dropout the gradients are the plain model's."""
-    model, data, gradients = MIMJEPA(config).train(), batch(), []
+def test_training_compiles_to_one_graph_with_the_same_gradients():
+    """fullgraph=True raises where a graph breaks."""
+    model, data, gradients = MIMJEPA(SMALL).train(), batch(), []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
             forward(*data, return_target=True)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    assert config == SMALL or (gradients[0] - gradients[1]).norm() < 3e-2 * gradients[0].norm()
+    assert (gradients[0] - gradients[1]).norm() < 3e-2 * gradients[0].norm()
 
 def test_the_readme_quotes_the_source_and_what_the_demonstration_prints(capsys):
     """`python scott.py`, line by line."""
@@ -295,9 +275,7 @@ def test_the_readme_quotes_the_source_and_what_the_demonstration_prints(capsys):
 
 TINY = """--image-size 32 --dim 16 --depth 2 --heads 2 --predictor-depth 1 --batch-size 8 --epochs 3
           --device cpu --precision fp32 --cache-side 48 --probe-epochs 2""".split()
-CRITTERS = [*TINY, "--pictures", "40"]  # five steps an epoch
-NO_DROPOUT = "--dropout 0 --attention-dropout 0 --drop-path 0 "
-DROPOUT, FP16 = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2 ", "--precision fp16 "
+CRITTERS = [*TINY, "--pictures", "40"]  # five steps an epoch, no dropout
 
 def trained(flags="", out="run", base=CRITTERS):
     """Run train.py with these flags. → what it has saved"""
@@ -342,88 +320,52 @@ def load(data_dir="photos", dataset="folder", **settings):
     return train.load_pictures(recipe, train.cache_folder(recipe), torch.device("cpu"))
 
 @pytest.mark.parametrize("files, labels, training, says", [
+    ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, 3, ""),  # links
     ("1.png a/2.JPG b/c/3.webp cache/4.png", [-1] * 4, 4, ""),
     ("1.png .2.png ._3.jpg .thumb/4.png @eaDir/5.png __MACOSX/6.png a/.Trash-1000/7.png", [-1], 1, ""),
     ("1.png run/views.png run/ckpt.pt", [-1], 1, ""),  # what a run has drawn is no picture to learn from
-    ("1.png 2.gif 3.GIF notes.txt .DS_Store", [-1], 1, "passed over 3 files"),
-    ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, 3, ""),  # links
-    ("1.png a/2.png b->. c->. a/d->.. a/e->..", [-1] * 2, 2, ""),  # that lead round in circles
-    ("../b/c/1.png ../b/d/2.png ../b/d/up->.. train->../b test->../b", [0, 0, 1, 1], 2, ""),
-    ("b/1.png train->b", [-1], 1, ""),  # the same picture by two ways
+    ("1.png 2.gif notes.txt .DS_Store", [-1], 1, "passed over 2 files"),
     ("train/1.png bus/2.png car/3.png", [-1] * 3, 3, ""),  # an unsplit class that is called train
-    ("train/a/1.png train/b/2.png test/a/3.png test/b/4.png", [0, 0, 1, 1], 2, ""),
-    ("train/a/1.png train/b/c/2.png val/a/3.png val/b/4.png", [0, 0, 1, 1], 2, ""),
+    ("train/a/1.png train/b/c/2.png train/3.png test/a/4.png test/b/5.png", [-1, 0, 0, 1, 1], 3, ""),
     ("train/a/1.png val/a/2.png test/a/3.png test/a/4.png", [0] * 4, 2, ""),
-    ("train/n01/1.png val/n01/3.png test/4.png", [0, 0], 1, "1 files outside train, val"),  # ImageNet's has no labels
-    ("train/a/1.png train/.ipynb_checkpoints/1.png test/a/2.png", [0, 0], 1, ""),
-    ("train/a/2.png train/1.png test/a/3.png", [-1, 0, 0], 2, ""),
     ("train/a/1.png test/a/2.png more/3.png 4.png", [0, 0], 1, "2 files outside train, val, test"),
-    ("notes.txt", None, None, "no pictures"), ("train/a/1.png test/1.png", None, None, "same folders"),
-    ("train/a/1.png train/b/1.png test/a/1.png", None, None, "same folders"),
-    ("train.X1/n01/1.png val.X/n01/2.png", None, None, "train/<class>"),  # ImageNet-100 as Kaggle has it
-])  # fmt: skip
+    ("train/n01/1.png val/n01/2.png test/3.png", [0, 0], 1, "1 files outside train, val"),  # ImageNet-100
+    ("train.X1/n01/1.png val.X/n01/2.png", None, None, "train/<class>"),  # the same, as Kaggle has it
+    ("train/a/1.png train/b/2.png test/a/3.png", None, None, "same folders"),
+])
 def test_what_counts_as_a_picture_and_what_as_a_class(capsys, files, labels, training, says):
     for name, _, target in (name.partition("->") for name in files.split()):
         path = Path("all", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(target) if target else path.touch()
-    recipe = train.Recipe(dataset="imagenet100" if "n01" in files else "folder", data_dir="all")
+    dataset = "imagenet100" if "n01" in files else "folder"
     if labels is None:
-        with pytest.raises(ValueError, match=says):  # as a notebook catches it
-            train.open_datasets(recipe)
-    else:
-        parts, said = train.open_datasets(recipe), capsys.readouterr().out
-        assert sorted(label for part in parts for _, label in part.samples) == labels
-        assert sum(map(len, parts[:-1] or parts)) == training
-        assert says in said and bool(said) == bool(says)
+        assert says in refused(train, "--dataset", dataset, "--data-dir", "all")
+        return
+    parts, said = train.open_datasets(train.Recipe(dataset=dataset, data_dir="all")), capsys.readouterr().out
+    assert sorted(label for part in parts for _, label in part.samples) == labels
+    assert sum(map(len, parts[:-1] or parts)) == training and says in said and bool(said) == bool(says)
 
-def test_pets_flowers_and_imagenette_are_read_as_torchvision_lays_them_out(monkeypatch, capsys):
+def test_pets_flowers_and_imagenette_are_split_as_torchvision_has_them(monkeypatch, capsys):
     """Pets: trainval for training, test for testing. Flowers: train and val, then test. All with labels."""
-    lists, folder = {"trainval": "", "test": ""}, Path("data/oxford-iiit-pet/annotations")
     for i in range(24):
-        name = ("Bengal", "Siamese", "great_pyrenees")[i % 3] + f"_{i}"
-        lists["trainval" if i < 15 else "test"] += f"{name} {i % 3 + 1} 1 1\n"
-        save_picture(f"data/oxford-iiit-pet/images/{name}.jpg")
         split, wnid = "train" if i < 15 else "val", ("n01440764", "n02102040", "n03888257")[i % 3]
         save_picture(f"data/imagenette2-160/{split}/{wnid}/{i:02}.JPEG")
-    folder.mkdir()
-    for split, lines in lists.items():
-        (folder / f"{split}.txt").write_text(lines)
-    for name in ("pets", "imagenette"):
-        found = load("data", name)
-        assert (len(found.pixels), found.train, found.sizes[0].tolist()) == (24, 15, [60, 48])
-        assert found.labels.bincount().tolist() == [8, 8, 8]
-        assert re.search("warning.* of .*, data has 24", capsys.readouterr().out)  # not all
-    Path("data/oxford-iiit-pet/images/Bengal_0.jpg").unlink()
-    os.remove(next(Path("data/cache").glob("pets*")))
-    with pytest.raises(InputError, match="1 of 24 files.*Bengal_0.jpg"):
-        load("data", "pets")
-    save_picture("data/oxford-iiit-pet/images/Bengal_0.jpg")
-    assert load("data", "pets").sizes.min() > 0  # what was mended is seen
-    fake = lambda root, split, download: [split]  # noqa: E731
-    monkeypatch.setitem(train.LIBRARY, "flowers", (fake, *train.LIBRARY["flowers"][1:]))
-    parts = train.open_datasets(train.Recipe(dataset="flowers"))
-    assert [part[0] for part in parts] == ["train", "val", "test"]
+    found = load("data", "imagenette")
+    assert (len(found.pixels), found.train, found.sizes[0].tolist()) == (24, 15, [60, 48])
+    assert found.labels.bincount().tolist() == [8, 8, 8]
+    assert "warning: of the 13,394 pictures of imagenette, data has 24" in capsys.readouterr().out
+    for name, splits in (("pets", ["trainval", "test"]), ("flowers", ["train", "val", "test"])):
+        fake = lambda root, split, download: [split]
+        monkeypatch.setitem(train.LIBRARY, name, (fake, *train.LIBRARY[name][1:]))
+        assert [part[0] for part in train.open_datasets(train.Recipe(dataset=name))] == splits
 
-@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("File not found or corrupted."),
-                                   ValueError("not enough values"), HTTPException("IncompleteRead")])
-def test_a_download_that_fails_is_one_line(monkeypatch, error):
-    monkeypatch.setitem(train.LIBRARY, "pets", (Mock(side_effect=error), ("trainval", "test"), 7349))
-    assert str(error) in refused(train, "--dataset", "pets")
+def test_a_download_that_fails_is_one_line(monkeypatch):
+    download = Mock(side_effect=RuntimeError("File not found\nor corrupted."))
+    monkeypatch.setitem(train.LIBRARY, "flowers", (download, ("train", "test"), 8189))
+    assert "File not found or corrupted" in refused(train, "--dataset", "flowers")
     monkeypatch.setitem(sys.modules, "scipy", None)  # asked for before the download
-    monkeypatch.setitem(train.LIBRARY, "flowers", (download := Mock(), ("train", "test"), 8189))
-    assert "scipy" in refused(train, "--dataset", "flowers") and not download.called
-
-def tiff(values, bits=None, white_is_zero=False, turn=1):
-    """An uncompressed grey TIFF, written by hand: the numbers `values` [height, width] as they are."""
-    data, (height, width) = values.tobytes(), values.shape
-    if bits == 12:  # two numbers in three bytes
-        data = np.packbits(np.unpackbits(values.byteswap().view(np.uint8)).reshape(-1, 16)[:, 4:]).tobytes()
-    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
-    tags = {256: width, 257: height, 258: bits or 8 * values.itemsize, 259: 1, 262: int(not white_is_zero),
-            273: 158, 274: turn, 277: 1, 278: height, 279: len(data), 339: kind}  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(158, b"\0") + data
+    assert "scipy" in refused(train, "--dataset", "flowers") and download.call_count == 1
 
 def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
@@ -434,48 +376,33 @@ GREY = np.arange(0, 240, 10, np.uint8).reshape(4, 6)
 COLOUR = np.dstack([GREY, 255 - GREY, GREY.T.reshape(4, 6)])
 DEEP = GREY.astype(np.uint16) * 256 + 77  # 16 bits
 CLEAR = np.tile([0, 0, 0, 255, 255, 255], (4, 1)).astype(np.uint8)  # alpha: one half is see-through
-FIRST = np.where(GREY == 0, 255, GREY)  # its first pixel, 0, is see-through
-BROKEN = b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 282, 5, 1, 10**6, 0)  # points to nowhere
-JPEG = np.asarray(Image.open(io.BytesIO(encoded(COLOUR, "JPEG"))))
-TEXT = PngInfo()
-TEXT.add_text("Comment", "word " * 500_000, zip=True)
+ON_ITS_SIDE = Image.Exif()
+ON_ITS_SIDE[0x0112] = 6
+BLACK_IS_0, WHITE_IS_0 = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0))  # in a TIFF's head
 
 @pytest.mark.parametrize("content, expected", [  # None: refused
-    (encoded(Image.fromarray(COLOUR).quantize(24)), [COLOUR]),
-    (encoded(Image.fromarray(COLOUR).convert("CMYK"), "TIFF"), [COLOUR]),
-    (encoded(np.dstack([COLOUR, CLEAR])), [np.where(CLEAR[..., None] == 0, 255, COLOUR)]),
-    (encoded(np.dstack([GREY, CLEAR])), [np.where(CLEAR == 0, 255, GREY)]),
-    (encoded(GREY, transparency=0), [FIRST]), (encoded(DEEP, transparency=77), [FIRST]),
-    (encoded(COLOUR, transparency=(0, 255, 0)), [np.where(GREY[..., None] == 0, 255, COLOUR)]),
-    (encoded(DEEP), [GREY]), (tiff(DEEP), [GREY]),
-    (tiff(65535 - DEEP, white_is_zero=True), [GREY]), (tiff(255 - GREY, white_is_zero=True), [GREY]),
-    (tiff(GREY.astype(np.uint16) * 16, bits=12), [GREY, None]),  # right, or refused
-    *((tiff(DEEP.astype(kind)), [None]) for kind in (np.int8, np.int16, np.int32, np.uint32, np.float32)),
-    (encoded(GREY, pnginfo=TEXT), [GREY]), (encoded(Image.fromarray(GREY > 99)), [(GREY > 99) * 255]),
-    (encoded(COLOUR, "JPEG", exif=BROKEN), [JPEG]), (encoded(COLOUR, "JPEG", exif=BROKEN[:16]), [JPEG]),
-    (encoded(COLOUR, "JPEG", exif=b"Exif\0\0" + tiff(GREY, turn=6)), [np.rot90(JPEG, -1)]),
-    (encoded(COLOUR, "JPEG")[:400], [None]), (b"", [None]),
-])  # fmt: skip
-@pytest.mark.filterwarnings("ignore")
-def test_odd_pictures_are_read_right_or_refused_where_their_scale_is_unknown(content, expected):
+    (encoded(Image.fromarray(COLOUR).quantize(24)), COLOUR),
+    (encoded(Image.fromarray(COLOUR).convert("CMYK"), "TIFF"), COLOUR),
+    (encoded(np.dstack([COLOUR, CLEAR])), np.where(CLEAR[..., None] == 0, 255, COLOUR)),
+    (encoded(np.dstack([GREY, CLEAR])), np.where(CLEAR == 0, 255, GREY)),
+    (encoded(DEEP, transparency=77), np.where(GREY == 0, 255, GREY)),  # its first pixel is see-through
+    (encoded(DEEP), GREY), (encoded(DEEP, "TIFF"), GREY),
+    (encoded(GREY, exif=ON_ITS_SIDE), np.rot90(GREY, -1)),
+    (encoded(COLOUR, "TIFF", exif=ON_ITS_SIDE), np.rot90(COLOUR, -1)),
+    (encoded(DEEP, "TIFF", exif=ON_ITS_SIDE), np.rot90(GREY, -1)),
+    (encoded(65535 - DEEP, "TIFF").replace(BLACK_IS_0, WHITE_IS_0), GREY),
+    (encoded(DEEP.astype(np.int32), "TIFF"), None), (encoded(DEEP.astype(np.float32), "TIFF"), None),
+    (encoded(GREY, "TIFF", tiffinfo={339: 2}), None),  # signed, of 8 bits
+    (encoded(COLOUR, "JPEG")[:400], None), (b"", None),
+])
+def test_odd_pictures_are_read_right_and_upright_or_refused_where_their_scale_is_unknown(content, expected):
     Path("picture").write_bytes(content)
-    try:
-        got = np.asarray(train.open_picture("picture"))
-    except InputError as error:
-        assert expected[-1] is None and "picture: " in str(error)
+    if expected is None:
+        with pytest.raises(InputError, match="picture: "):
+            train.open_picture("picture")
     else:
-        assert np.array_equal(got, expected[0] if expected[0].ndim == 3 else np.dstack([expected[0]] * 3))
-
-@pytest.mark.parametrize("mode, kind", [("L", "TIFF"), ("RGB", "TIFF"), ("I;16", "TIFF"), ("RGB", "PNG")])
-def test_pictures_that_lie_on_their_side_come_upright(mode, kind):
-    plain = Image.fromarray(DEEP) if mode == "I;16" else Image.fromarray(COLOUR).convert(mode)
-    Path("plain").write_bytes(encoded(plain, kind))
-    a, exif = np.asarray(train.open_picture("plain")), Image.Exif()
-    for turn, upright in enumerate((a, a[:, ::-1], a[::-1, ::-1], a[::-1], a.swapaxes(0, 1), np.rot90(a, -1),
-                                    np.rot90(a, 2).swapaxes(0, 1), np.rot90(a)), start=1):  # fmt: skip
-        exif[0x0112] = turn
-        Path("turned").write_bytes(encoded(plain, kind, exif=exif))
-        assert np.array_equal(np.asarray(train.open_picture("turned")), upright), turn
+        expected = expected if expected.ndim == 3 else np.dstack([expected] * 3)
+        assert np.array_equal(np.asarray(train.open_picture("picture")), expected)
 
 # ---- One file of decoded pictures --------------------------------------------------------------------------
 
@@ -488,94 +415,42 @@ def photos():
 
 def test_pictures_are_kept_whole_and_decoded_again_only_if_they_or_their_file_changed(photos, monkeypatch):
     """A central crop of the squeezed picture shows what the same crop of the picture itself would."""
+    monkeypatch.setattr(train, "decode", decode := Mock(side_effect=train.decode))
     pictures = load()
     assert (pictures.sizes.tolist(), pictures.labels.tolist()) == ([[80, 40], [30, 90]], [-1, -1])
     view = probing.central_views(loader(pictures.pixels, pictures.sizes), torch.tensor([1]))[0]
     picture = TF.resize(TF.to_image(Image.open("photos/b.png")), [36], T.InterpolationMode.BICUBIC)
     assert (view - TF.center_crop(picture, [32, 32]) / 255).abs().mean() < 0.02
     [file] = photos.iterdir()
-    for damage in (file.unlink, lambda: os.truncate(file, 99), lambda: os.truncate(file, 0)):
+    for damage, decoded in ((file.exists, 2), (file.unlink, 4), (partial(os.truncate, file, 99), 6)):
         damage()
-        assert torch.equal(load().pixels, pictures.pixels)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "decode", None)
-        assert torch.equal(load().pixels, pictures.pixels)
+        assert torch.equal(load().pixels, pictures.pixels) and decode.call_count == decoded
     save_picture("photos/b.png", 3, size=(30, 60))
-    assert load().sizes.tolist() == [[80, 40], [30, 60]]
-    for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
-        os.rename(f"photos/{old}.png", f"photos/{new}.png")
-    assert load().sizes.tolist() == [[30, 60], [80, 40]]
-    assert len(list(photos.iterdir())) == 1  # no old ones
+    assert load().sizes.tolist() == [[80, 40], [30, 60]] and len(list(photos.iterdir())) == 1  # no old ones
 
-def test_where_nothing_can_be_kept_the_line_says_how_to_choose_another_folder(photos):
-    photos.touch()
-    with pytest.raises(InputError, match="photos/cache.*--cache-dir"):
+@pytest.mark.parametrize("error, says", [(OSError(5, "Full"), "Full.*-dir"), (KeyboardInterrupt(), "^$")])
+def test_a_build_that_breaks_off_leaves_nothing_and_another_folder_may_do(photos, monkeypatch, error, says):
+    with monkeypatch.context() as patch, pytest.raises((InputError, KeyboardInterrupt), match=says):
+        patch.setattr(train, "decode", Mock(side_effect=error))
         load()
-    assert load(cache_dir="elsewhere").sizes.tolist() == [[80, 40], [30, 90]] and os.listdir("elsewhere")
-
-@pytest.mark.parametrize("full", [True, False])
-def test_a_build_that_breaks_off_leaves_nothing(photos, monkeypatch, full):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    expected = pytest.raises(InputError if full else KeyboardInterrupt, match="cache-side|^$")
-    with monkeypatch.context() as patch, expected:
-        try:
-            if full:  # as a full disk, the system takes no more than so many bytes
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-            else:
-                patch.setattr(train, "decode", Mock(side_effect=KeyboardInterrupt))
-            load()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert not list(photos.iterdir()) and load().sizes.tolist() == [[80, 40], [30, 90]]
+    assert not list(photos.iterdir())
+    assert load(cache_dir="other").sizes.tolist() == [[80, 40], [30, 90]] and len(os.listdir("other")) == 1
 
 def test_all_bad_files_are_listed_with_their_reasons_or_left_out_on_request(photos, capsys):
     for i in range(6):
         save_picture(f"photos/{i}.jpg", i)
     Path("photos/3.jpg").write_bytes(Path("photos/3.jpg").read_bytes()[:700])
-    Path("photos/words.jpg").write_text("not a picture")
-    Path("photos/scan.tif").write_bytes(tiff(DEEP.astype(np.int16)))
+    Path("photos/new\nline.jpg").write_text("not a picture")
+    Path("photos/scan.tif").write_bytes(encoded(DEEP.astype(np.int32), "TIFF"))
     Path("photos/lost.png").symlink_to("nowhere.png")
-    flags = "--dataset folder --data-dir photos --batch-size 6 --max-steps 1 "
-    error = refused(train, *TINY, *flags.split(), "--out", "run")
-    for reason in ("3.jpg: [^;]*truncated", "words.jpg: cannot identify", "scan.tif: [^;]*agreed scale",
-                   "lost.png: No such", "4 of 11", "--skip-bad-"):  # fmt: skip
-        assert re.search(reason, error), reason
-    trained(flags + "--skip-bad-images", base=TINY)
-    assert re.search(r"left out 4(.*\n)+folder: 7 pictures", capsys.readouterr().out)
-
-def test_two_processes_may_build_the_same_file_at_once(photos, monkeypatch):
-    """The second begins and ends while the first writes: both then hold the same pictures."""
-    second, replace_file = [], os.replace
-
-    def meanwhile(*names):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace_file)
-            patch.setattr(os, "getpid", lambda: 1)
-            second.append(load())
-        return replace_file(*names)
-
-    monkeypatch.setattr(os, "replace", meanwhile)
-    assert torch.equal(load().pixels, second[0].pixels) and len(list(photos.iterdir())) == 1
-
-def test_names_may_hold_anything():
-    names = ["plain.png", "a b.png", "ünï.png", "new\nline.png", "--flag.png", "%s;$(x).png"]
-    for i, name in enumerate(names):
-        save_picture(f"photos/{name}", i)
-    Path("photos/folder.png").mkdir()
-    flags = "--dataset folder --data-dir photos --batch-size 6 --max-steps 1"
-    assert trained(flags, base=TINY)["pictures"].startswith("6 pictures")
-    Path("photos/new\nline.png").write_text("not a picture")
-    assert "new" in refused(train, *TINY, *flags.split(), "--out", "other")
-
-def test_no_more_threads_decode_than_cores_may_be_used(photos, monkeypatch):
-    seen, pool = [], train.ThreadPoolExecutor
-    monkeypatch.setattr(train, "ThreadPoolExecutor", lambda number: seen.append(number) or pool(number))
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    for allowed in ({0, 5}, set(range(64))):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed, raising=False)
-        load(skip_bad_images=True)
-        os.remove(next(photos.iterdir()))
-    assert seen == [2, 16]
+    with pytest.raises(InputError) as refusal:
+        load()
+    for reason in ("3.jpg: [^;]*truncated", r"new\\nline.jpg: cannot", "scan.tif: [^;]*agreed scale",
+                   "lost.png: No such", "4 of 11", "--skip-bad-"):
+        assert re.search(reason, str(refusal.value)), reason
+    assert not list(photos.iterdir())  # some may be mended by the next time
+    assert (load(skip_bad_images=True).sizes[:, 0] > 0).sum() == 7
+    assert "left out 4 of 11 files" in capsys.readouterr().out
 
 # ---- Views -------------------------------------------------------------------------------------------------
 
@@ -603,25 +478,22 @@ def test_crops_equal_torchvisions_and_pillows(out):
         our = our.flip(2) if flip else our
         assert (our - theirs).abs().max() < 1.2 and (our - pillows).abs().max() < 2.001  # of 255: they round
 
-NAMES = [function.__name__ for _, function, *_ in train.OPERATIONS]
-
-@pytest.mark.parametrize("name, theirs, values", [
-    ("brightness", TF.adjust_brightness, (0.6, 0.9, 1.0, 1.4)),
-    ("contrast", TF.adjust_contrast, (0.6, 0.9, 1.0, 1.4)),
-    ("saturation", TF.adjust_saturation, (0.8, 0.9, 1.0, 1.2)),
-    ("hue", TF.adjust_hue, (-0.1, -0.03, 0.0, 0.1)),
-    ("saturation", lambda image, _: TF.rgb_to_grayscale(image, 3), (0.0,) * 4),
-    ("blur", lambda image, sigma: TF.gaussian_blur(image, [9, 9], [sigma, sigma]), (0.1, 0.7, 1.3, 2.0)),
-])  # fmt: skip
-def test_each_colour_operation_equals_torchvisions_and_has_a_neutral_factor(name, theirs, values):
-    images, operation = smooth_pictures(4, 40, 40) / 255, getattr(train, name)
+@pytest.mark.parametrize("number, theirs, values", [
+    (0, TF.adjust_brightness, (0.6, 0.9, 1.0, 1.4)),
+    (1, TF.adjust_contrast, (0.6, 0.9, 1.0, 1.4)),
+    (2, TF.adjust_saturation, (0.8, 0.9, 1.0, 1.2)),
+    (3, TF.adjust_hue, (-0.1, -0.03, 0.0, 0.1)),
+    (4, lambda image, _: TF.rgb_to_grayscale(image, 3), (0.0,) * 4),
+    (5, lambda image, sigma: TF.gaussian_blur(image, [9, 9], [sigma, sigma]), (0.1, 0.7, 1.3, 2.0)),
+])
+def test_each_colour_operation_equals_torchvisions_and_has_a_neutral_factor(number, theirs, values):
+    images, (_, operation, neutral, *_) = smooth_pictures(4, 40, 40) / 255, train.OPERATIONS[number]
     images[0, :, :8] = 0.5  # grey pixels have no hue
     for image, value, our in zip(images, values, operation(images, torch.tensor(values).view(-1, 1, 1, 1))):
         assert (our - theirs(image, value)).abs().max() < 0.5 / 255
-    neutral = train.NEUTRAL[NAMES.index(name)].expand(4, 1, 1, 1)
-    assert torch.allclose(operation(images, neutral), images, atol=1e-5)
+    assert torch.allclose(operation(images, torch.full((4, 1, 1, 1), neutral)), images, atol=1e-5)
 
-def test_crops_have_the_distribution_of_random_resized_crop_and_even_of_a_thread_give_numbers():
+def test_crops_have_the_distribution_of_random_resized_crop():
     sizes, scale = torch.tensor([[500.0, 375.0]]).repeat(4000, 1), torch.tensor([500, 375, 500, 375]) / 320
     ours, theirs = train.draw_crops(sizes, 320, None), T.RandomResizedCrop(224, (0.2, 1))
     assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 320).all()
@@ -632,8 +504,6 @@ def test_crops_have_the_distribution_of_random_resized_crop_and_even_of_a_thread
     thin = torch.tensor([[1000.0, 10.0], [10.0, 1000.0], [3, 2000]])
     largest = train.draw_crops(thin, 320, None)  # no crop of an allowed ratio and a fifth of the area fits
     assert largest.tolist() == [[158, 0, 4, 320], [0, 158, 320, 4], [0, 160, 320, 1]]
-    load = loader(smooth_pictures(3, 320, 320), thin, 3)
-    assert load.batch(1)[0].shape[1:] == probing.central_views(load, load.rows).shape == (3, 3, 32, 32)
 
 def test_colours_are_drawn_as_often_and_as_strong_as_the_paper_says():
     """p 0.6, in random order: jitter (p 0.8; four operations in random order), grey (p 0.1), blur (p 0.3)."""
@@ -665,8 +535,7 @@ def test_both_views_share_the_crop_and_half_of_them_are_mirrored_but_each_has_it
     load = loader(ramp + smooth_pictures(300, 64, 64) // 2, batch_size=300)
     first, second = load.batch(1)[0]
     plain = first * load.std + load.mean
-    assert load.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
-    assert load.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert (train.MEAN, train.STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert -1e-5 < plain.min() < 0.1 < 0.9 < plain.max() < 1 + 1e-5  # so they were normalised by these
     flat = torch.stack([first.mean(1).flatten(1), second.mean(1).flatten(1)])
     correlation = F.cosine_similarity(*(flat - flat.mean(2, keepdim=True)), dim=1)
@@ -681,19 +550,15 @@ def test_views_compile_and_are_the_same_views(monkeypatch):
     for step in (1, 2, 3):
         assert torch.allclose(plain.batch(step)[0], fast.batch(step)[0], atol=1e-5)
 
-@pytest.mark.parametrize("held", ["meta", "cpu"])
+@pytest.mark.parametrize("held", ["meta", "cpu"])  # the pictures, on the device or beside it
 def test_all_is_moved_to_the_device(held):
-    """A device without numbers: what is not moved there would meet what is, which PyTorch refuses. `held`:
-    where the pictures lie, on the device or, for want of room, beside it."""
+    """A device without numbers: what is not moved there would meet what is, which PyTorch refuses."""
     load = loader(smooth_pictures(8, 48, 48), batch_size=8, machine=CPU._replace(device=torch.device("meta")))
     load.pictures = load.pictures._replace(pixels=load.pictures.pixels.to(held))
     views, visible, _ = load.batch(1)
-    with torch.device("meta"):
-        model = MIMJEPA(load.recipe)
-    loss, target = model(*views, visible, return_target=True)
+    loss = MIMJEPA(load.recipe).to("meta")(*views, visible)
     loss.backward()
-    assert {x.device.type for x in (views, visible, loss, target)} == {"meta"}
-    assert views.shape == (2, 8, 3, 32, 32)
+    assert {x.device.type for x in (views, visible, loss)} == {"meta"} and views.shape == (2, 8, 3, 32, 32)
 
 def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_takes_every_picture_once():
     pixels = smooth_pictures(20, 32, 32)
@@ -701,26 +566,21 @@ def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_takes_every_picture
     for step in (4, 1, 9):
         batch, again, others = (load.batch(step) for load in (first, same, other))
         assert all(map(torch.equal, batch, again)) and not torch.equal(batch[0], others[0])
+        assert (batch[1].sum(1) == count_visible(4, first.recipe.mask_ratio)).all()
     epochs = [torch.cat([first.batch(step)[2] for step in steps]) for steps in ((1, 2, 3), (4, 5, 6))]
     assert len(epochs[0].unique()) == len(epochs[1].unique()) == 18 and not torch.equal(*epochs)
 
 def test_pictures_to_pretrain_on_are_chosen_at_random_and_from_the_split_that_was_asked_for():
-    labelled_folder("animals")
-    pictures = load("animals")
-
-    def rows(**settings):
-        recipe = train.Recipe(dataset="folder", data_dir="animals", **settings)
-        return train.choose_rows(pictures, recipe).tolist()
+    def rows(training=18, **settings):
+        pictures = train.Pictures(None, torch.ones(30, 2), torch.zeros(30), training)
+        return train.choose_rows(pictures, train.Recipe(dataset="folder", **settings)).tolist()
 
     some, others = rows(pictures=10), rows(pictures=10, seed=1)
     assert len({*some}) == 10 and some != others and max(some) > 15 and some != sorted(some)
     assert (rows(), rows(pretrain_split="train")) == ([*range(30)], [*range(18)])
-    with pytest.raises(InputError, match="there are 18"):
-        rows(pretrain_split="train", pictures=19)
-    Path("animals/test").rename("animals/valid")
-    pictures = load("animals")
-    with pytest.raises(InputError, match="train/<class>"):  # no such split is known: nothing is held out
-        rows(pretrain_split="train")
+    for training, count, says in ((18, 19, "at most 18"), (30, 0, "train/<class>")):  # 30: none held out
+        with pytest.raises(InputError, match=says):
+            rows(training, pictures=count, pretrain_split="train")
 
 # ---- Training ----------------------------------------------------------------------------------------------
 
@@ -731,20 +591,11 @@ def refused(program, *arguments):
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
 
-def same_run(first, second):
-    """Whether two checkpoints hold the same run, bit for bit (times aside)."""
-    kept = []
-    for saved in (load_checkpoint(f"{name}/ckpt.pt") for name in (first, second)):
-        rows = [[*row.values()][:7] for row in saved.pop("history")]
-        del saved["seconds"]
-        kept.append(tree_leaves((saved, rows)))
-    pairs = [torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*kept)]
-    return len(kept[0]) == len(kept[1]) and all(pairs)
-
-def at_each_step(monkeypatch, action):
-    """After each step of training call action(1), action(2), …"""
-    step, number = train.train_step, itertools.count(1)
-    monkeypatch.setattr(train, "train_step", lambda *a, **k: (step(*a, **k), action(next(number)))[0])
+def kept(run):
+    """What a checkpoint holds, but for times."""
+    saved = load_checkpoint(f"{run}/ckpt.pt")
+    rows = [[*row.values()][:7] for row in saved["history"]]
+    return [rows, *(saved[name] for name in ("model", "optimizer", "scaler", "step", "sums"))]
 
 def test_schedules_at_their_corners_and_a_warm_up_of_40_epochs_or_of_a_short_runs_share():
     T, W = 3000, 400
@@ -761,7 +612,7 @@ def test_schedules_at_their_corners_and_a_warm_up_of_40_epochs_or_of_a_short_run
 
 def test_a_step_of_training_is_the_papers():
     """Three steps of train.py, and the same written out: target, loss, AdamW, schedules, moving average."""
-    saved = trained(NO_DROPOUT + "--max-steps 3")
+    saved = trained("--max-steps 3")
     recipe = train.Recipe(**saved["recipe"])
     pictures = train.load_pictures(recipe, None, torch.device("cpu"))
     load = train.Loader(pictures, torch.arange(40), recipe, CPU)
@@ -785,36 +636,35 @@ def test_a_step_of_training_is_the_papers():
     for name, value in model.state_dict().items():
         assert torch.allclose(value, saved["model"][name], atol=1e-6), name
 
-def test_a_run_is_saved_on_the_clock_and_its_speed_is_measured_in_pictures_per_second(monkeypatch):
-    """Saved once a minute, at --keep-every, at the end. Steps take 7 s, the first 70; an epoch has five."""
-    clock, saved, save = SimpleNamespace(now=1000.0), [], train.save
+def test_a_run_is_saved_on_the_clock_and_a_row_is_the_mean_of_its_steps_and_their_speed(monkeypatch):
+    """Saved once a minute, at --keep-every, at the end. Rows after step 4 and 5 of each epoch, its last."""
+    clock, saved, losses, save, step = Mock(now=1000.0), [], [], train.save, train.train_step
     clock.perf_counter = lambda: clock.now
-    at_each_step(monkeypatch, lambda step: setattr(clock, "now", clock.now + (70 if step == 1 else 7)))
+
+    def slow_step(*arguments):
+        clock.now += 7 if losses else 70  # seconds
+        loss, deviation = step(*arguments)
+        losses.append(loss.item())
+        return loss, deviation
+
     monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train, "ROW", 4)
+    monkeypatch.setattr(train, "train_step", slow_step)
     monkeypatch.setattr(train, "save", lambda *a, **k: (save(*a, **k), saved.append(k["step"])))
     trained("--epochs 9 --keep-every 4")
     assert saved == [1, 10, 19, 20, 29, 38, 40, 45] and load_checkpoint("run/ckpt-0004.pt")["step"] == 20
-    assert sorted(os.listdir("run")) == ["ckpt-0004.pt", "ckpt-0008.pt", "ckpt.pt", "metrics.csv"]
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
-    assert rows.dtype.names[:3] == ("epoch", "step", "loss") and np.isfinite(rows.tolist()).all()
-    assert rows["epoch"].tolist() == [*range(1, 10)] and np.allclose(rows["step"], 5 * rows["epoch"])
-    assert np.allclose(rows["seconds"], 63 + 35 * rows["epoch"]) and np.allclose(rows["images_per_s"], 8 / 7)
+    ends = [end for epoch in range(9) for end in (5 * epoch + 4, 5 * epoch + 5)]
+    means = [np.mean(losses[start:end]) for start, end in itertools.pairwise([0, *ends])]
+    assert rows["step"].tolist() == ends and np.allclose(rows["epoch"] * 5, ends)
+    assert np.allclose(rows["loss"], means) and np.isfinite(rows.tolist()).all()
+    assert np.allclose(rows["seconds"], 63 + 7 * rows["step"]) and np.allclose(rows["images_per_s"], 8 / 7)
 
-def test_a_long_epoch_has_several_rows_each_the_mean_of_its_own_steps(monkeypatch):
-    monkeypatch.setattr(train, "ROW", 2)
-    losses = []
-    step = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *a: losses.append(step(*a)) or losses[-1])
-    history = trained("--max-steps 8 --epochs 9")["history"]
-    assert [row["step"] for row in history] == [2, 4, 5, 7]  # and step 8 waits for its row
-    means = [np.mean([loss.item() for loss, _ in losses[a:b]]) for a, b in ((0, 2), (2, 4), (4, 5), (5, 7))]
-    assert [row["loss"] for row in history] == pytest.approx(means, rel=1e-5)
-
-@pytest.mark.parametrize("end", ["--max-steps 5", "--max-steps 8", "SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(monkeypatch, end):
+@pytest.mark.parametrize("name, step", [("SIGINT", 9), ("SIGTERM", 9), ("SIGHUP", 9), ("SIGKILL", 5)])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, step):
     """Asked to stop it saves at once; killed, it goes on from its last save. fp16 scales gradients."""
-    flags, program = DROPOUT + FP16, """if True:
-        import itertools, os, signal, sys, train
+    flags, program = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2 --precision fp16", """if True:
+        import itertools, signal, sys, train
         for number in (1, 2, 15):
             signal.signal(number, signal.SIG_DFL)  # nohup and & ignore some
         step, number = train.train_step, itertools.count(1)
@@ -824,68 +674,54 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(monkeypatch, end):
             return step(*arguments)
         train.train_step = one_step
         train.run(lambda stop: train.main(sys.argv[2:], stop))"""
-    command = [*CRITTERS, *flags.split(), "--keep-every", "1", "--out", "run"]
-    with ThreadPoolExecutor(1) as other_thread:  # where signals cannot be caught
-        other_thread.submit(trained, flags, "whole").result()
-    if end.startswith("SIG"):
-        number = getattr(signal, end)
-        assert python("-c", program, end, *command).returncode == (-9 if end == "SIGKILL" else 128 + number)
-    else:
-        trained(flags + end)
-    step = {"--max-steps 5": 5, "--max-steps 8": 8, "SIGKILL": 5}.get(end, 9)
-    assert load_checkpoint("run/ckpt.pt")["step"] == step and not same_run("run", "whole")
-    trained("--resume --device cpu " + FP16, base=[])
-    assert same_run("run", "whole")
+    trained(flags, "whole")
+    done = python("-c", program, name, *CRITTERS, *flags.split(), "--keep-every", "1", "--out", "run")
+    assert done.returncode in (-9, 128 + getattr(signal, name))
+    assert load_checkpoint("run/ckpt.pt")["step"] == step
+    trained("--resume --device cpu --precision fp16", base=[])
+    torch.testing.assert_close(kept("run"), kept("whole"), rtol=0, atol=0)
 
 def python(*command):
     settings = dict(capture_output=True, text=True, timeout=100, env=os.environ | {"PYTHONPATH": str(HERE)})
     return subprocess.run([sys.executable, *map(str, command)], **settings)
 
-@pytest.mark.parametrize("again", [False, True])
-def test_a_signal_ends_at_once_before_training_heeds_it_and_when_it_comes_twice(again):
-    program = f"""if True:
-        import signal, train
-        for number in (1, 2, 15):
-            signal.signal(number, signal.SIG_DFL)
-        def main(stop):
-            stop.heeded = {again}
-            signal.raise_signal(15)
-            signal.raise_signal(1)  # a terminal that closes may send two
-            assert stop.heeded and stop.signal == 15
-            signal.raise_signal(2)
-            print("still there")
-        train.run(main)"""
-    done = python("-c", program)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+@pytest.mark.parametrize("heeded", [False, True])
+def test_a_signal_ends_at_once_before_training_heeds_it_and_when_it_comes_twice(monkeypatch, heeded):
+    def main(stop):
+        stop.heeded = heeded
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.raise_signal(number)
+            noted.append(stop.signal)
+
+    noted = []
+    monkeypatch.setattr(signal, "getsignal", Mock())  # nohup and & have some ignored
+    with pytest.raises(SystemExit, match="130"):
+        train.run(main)
+    assert noted == [signal.SIGTERM, signal.SIGTERM] * heeded  # a closing terminal may add its own
 
 def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_pictures():
     labelled_folder("photos")
     trained("--dataset folder --data-dir photos --max-steps 1", base=TINY)
-    resume = "--resume --device cpu --out run --max-steps".split()
-    assert train.main([*resume, "2"]) == 0 and load_checkpoint("run/ckpt.pt")["step"] == 2
+    resume = "--resume --device cpu --max-steps "
+    assert trained(resume + "2", base=[])["step"] == 2
     Path("photos").rename("moved")
-    assert train.main([*resume, "3", "--data-dir", "moved"]) == 0
-    assert load_checkpoint("run/ckpt.pt")["step"] == 3
+    assert trained(resume + "3 --data-dir moved", base=[])["step"] == 3
     before, picture = Path("run/ckpt.pt").read_bytes(), Path("moved/test/species 0/21.png")
     for flags, says in (("", "--resume"), ("--resume --dim 32", "dim"), ("--resume --seed 1", "seed")):
         assert says in refused(train, *flags.split(), "--dataset", "folder", "--out", "run")
     save_picture(picture, size=(99, 9))
-    assert "30 pictures" in refused(train, *resume, "4")
+    assert "30 pictures" in refused(train, *resume.split(), "4", "--out", "run")
     picture.write_bytes(b"damaged")
-    assert "29 pictures" in refused(train, *resume, "4", "--skip-bad-images")
+    assert "29 pictures" in refused(train, *resume.split(), "4", "--out", "run", "--skip-bad-images")
     assert Path("run/ckpt.pt").read_bytes() == before
 
-@pytest.mark.parametrize("first, then", [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "bf16")])
-def test_a_run_may_go_on_in_another_precision(first, then):
-    trained(f"{NO_DROPOUT} --max-steps 7 --precision {first}")
-    loss = trained(f"{NO_DROPOUT} --resume --precision {then}")["history"][-1]["loss"]
-    assert loss == pytest.approx(trained(NO_DROPOUT, "whole")["history"][-1]["loss"], abs=0.02)
-
 @pytest.mark.parametrize("precision, digits", [("bf16", 8), ("fp16", 11)])
-def test_half_precision_trains_like_full_precision(precision, digits):
+def test_half_precision_trains_like_full_precision_and_a_run_may_change_to_it(precision, digits):
     """The mean loss of four steps is the same within what numbers of so many binary digits allow."""
-    sums = [trained(f"{NO_DROPOUT} --max-steps 4 --precision {p}", p)["sums"] for p in ("fp32", precision)]
+    sums = [trained(f"--max-steps 4 --precision {p}", p)["sums"] for p in ("fp32", precision)]
     assert 0 < (sums[0] - sums[1]).abs().max() / 4 < 2.0**-digits
+    changed, whole = (trained(f"--resume --precision {precision}", run) for run in ("fp32", precision))
+    assert changed["history"][-1]["loss"] == pytest.approx(whole["history"][-1]["loss"], abs=0.02)
 
 def test_a_collapse_is_told_while_training(monkeypatch, capsys):
     tokenize = scott.Tokenizer.forward
@@ -893,37 +729,20 @@ def test_a_collapse_is_told_while_training(monkeypatch, capsys):
     assert trained("--max-steps 5")["history"][0]["target_std"] < 0.01
     assert "warning: target_std is 0.00" in capsys.readouterr().out
 
-@pytest.mark.parametrize("capabilities, asked, dtype", [
-    ({}, None, None), ({"avx512_bf16": False}, None, None), ({"avx512_bf16": True}, "fp32", None),
-    ({"avx512_bf16": True}, None, torch.bfloat16), ({"amx_bf16": True}, None, torch.bfloat16),
-])  # fmt: skip
-def test_a_cpu_computes_in_bf16_where_it_has_it_in_hardware(monkeypatch, capabilities, asked, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert train.choose_machine(SimpleNamespace(device="cpu", precision=asked, compile=None)).dtype == dtype
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
-def test_a_cpu_keeps_the_memory_that_a_step_frees():
-    train.choose_machine(SimpleNamespace(device="cpu", precision=None, compile=None))
-    faults = [(torch.ones(2**24), resource.getrusage(0))[1].ru_minflt for _ in range(9)]
-    assert np.diff(faults).min() < 1000  # of 16,384 pages
-
 def test_the_readmes_lines_turn_pictures_into_features_and_its_commands_are_understood():
-    readme = (HERE / "README.md").read_text()
+    readme = (HERE / "README.md").read_text().replace("\\\n", " ")  # long lines joined, as by a shell
     labelled_folder("photos")
     trained("--dataset folder --data-dir photos/train --max-steps 1", "runs/folder", TINY)
     names = {"paths": sorted(Path("photos").rglob("*.png"))}
-    blocks = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
-    exec("\n".join(sorted(blocks, key=lambda block: "encoder(images)" in block)), names)
+    exec("\n".join(re.findall(r"```py\n(.*?)```", readme, re.DOTALL)), names)
     assert names["features"].shape == (30, 16) and names["features"].isfinite().all()
     probe = "runs/folder/ckpt.pt --no-baseline --no-pca --encoder target --epochs 1 --device cpu".split()
     assert "train/<class>" in refused(probing, *probe)  # no labels here, but
     assert probing.main([*probe, "--data-dir", "photos"]) == 0 and not Path("runs/folder/pca.png").exists()
-    for name, value in [*re.findall(r'^(\w+)="(.*)"$', readme, re.MULTILINE), ("seed", "1")]:
-        readme = readme.replace("\\\n", " ").replace(f"${name}", value)  # as a shell would
     commands = re.findall(r"python (train|eval)\.py([^#\n&`;|]*)", readme)
     for program, arguments in commands:
-        if not re.search("…|--help", arguments):
-            {"train": train, "eval": probing}[program].read_arguments(shlex.split(arguments))
+        if "--help" not in arguments:
+            {"train": train, "eval": probing}[program].read_arguments(arguments.split())
     assert len(commands) > 5
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
@@ -947,9 +766,8 @@ def test_a_probe_has_the_papers_layers_and_learns_which_tokens_matter(name, coun
 
 def data_of(brightness, labels, training):
     """Plain pictures of some brightness, as probes take them."""
-    pixels = torch.tensor(brightness, dtype=torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32)
-    sizes = torch.full((len(labels), 2), 32.0)
-    pictures = train.Pictures(pixels, sizes, torch.tensor(labels), training)
+    pixels = torch.tensor(brightness, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 32, 32)
+    pictures = train.Pictures(pixels, torch.full((len(labels), 2), 32.0), torch.tensor(labels), training)
     return probing.split_data(pictures, train.Recipe(pictures=20, image_size=32, seed=0), CPU)
 
 def test_accuracies_by_hand_and_neighbours_that_vote_by_similarity():
@@ -995,13 +813,11 @@ def test_probing_reads_normalised_tokens_leaves_the_encoder_alone_and_sees_no_te
         assert torch.equal(features(images), normalised)
     assert results[0] != results[1] and torch.equal(*states)
     assert all(map(torch.equal, heads[0].parameters(), heads[1].parameters())) and not heads[0].training
-    few = probing.split_data(pictures, recipe, CPU, per_class=2)
+    recipes = recipe, replace(recipe, seed=48)
+    few, others = (probing.split_data(pictures, recipe, CPU, per_class=2) for recipe in recipes)
     assert set(few.labels[few.train].bincount().tolist()) == {2} and few.train.max() < 30
-    others = probing.split_data(pictures, replace(recipe, seed=48), CPU, per_class=2)
     assert few.train.tolist() != others.train.tolist()  # chosen at random
     assert few.test.tolist() == data.test.tolist() == list(range(30, 40))
-    with pytest.raises(InputError, match="labels is 4"):
-        probing.split_data(pictures, recipe, CPU, per_class=4)
 
 def test_features_of_many_pictures_are_those_of_each_one_whatever_the_last_batch():
     load = loader(smooth_pictures(70, 32, 32), batch_size=8)
@@ -1015,29 +831,33 @@ def test_features_of_many_pictures_are_those_of_each_one_whatever_the_last_batch
 def test_supervised_training_moves_the_encoder_and_learns_after_a_warm_up(monkeypatch):
     """Two classes of brightness are told apart. Warm-up: a fifth of a probe's steps, 40/300 of these."""
     rates, step = [], torch.optim.AdamW.step
-    spy = lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))  # noqa: E731
+    spy = lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     data = data_of([80, 180] * 30 + [180, 80] * 10, [0, 1] * 30 + [1, 0] * 10, 60)  # 20 to test on
-    config = replace(STILL, image_size=32, depth=1)
-    encoder = Encoder(config).requires_grad_(False)  # as load_encoder gives it
+    recipe = train.Recipe(**vars(STILL) | dict(image_size=32, depth=1, pictures=20, epochs=30, lr=3e-3))
+    encoder = Encoder(recipe).requires_grad_(False)  # as load_encoder gives it
     weight = encoder.blocks[0].mlp.w3.weight.clone()
-    settings = vars(config) | dict(pictures=20, epochs=30, seed=0, lr=3e-3)
-    figures = probing.supervise(encoder, data, train.Recipe(**settings), CPU)
+    figures = probing.supervise(encoder, data, recipe, CPU)
     assert figures["simple"][0] == 100 and not torch.equal(weight, encoder.blocks[0].mlp.w3.weight)
     assert rates.index(3e-3) + 1 == 4 and max(rates) == 3e-3 and len(rates) == 30
     rates.clear()
-    probing.train_probes(probing.Features(encoder, data.loader, CPU), data, config.dim, 10, 0)
+    probing.train_probes(probing.Features(encoder, data.loader, CPU), data, recipe.dim, 10, 0)
     assert rates.index(5e-4) + 1 == 2 and max(rates) == 5e-4 and len(rates) == 10
 
 def test_the_encoders_that_are_compared_are_the_trained_one_and_that_of_step_0(monkeypatch):
     """From scratch begins where train.py began, fine-tuned at the checkpoint, which stays as it is."""
     saved, seen, before = trained("--max-steps 5"), [], Path("run/ckpt.pt").read_bytes()
-    recipe = train.Recipe(**saved["recipe"])
-    fake = lambda epochs: {"linear": (epochs, 2, 3)}  # noqa: E731
-    monkeypatch.setattr(probing, "evaluate", lambda f, d, c, n, *_: seen.append(f.encoder) or (fake(n), 0, 0))
-    monkeypatch.setattr(probing, "supervise", lambda e, d, r, m: seen.append(e) or fake(r.epochs))
+
+    def supervise(encoder, data, recipe, machine):
+        seen.append(encoder)
+        rows = json.load(open("run/eval.json"))["results"]  # kept, should this long part be stopped
+        return {"linear": (recipe.epochs, 2, len(rows))}
+
+    fake = lambda f, *rest: seen.append(f.encoder) or ({"linear": (rest[2], 2, 3)}, 0, 0)
+    monkeypatch.setattr(probing, "evaluate", fake)
+    monkeypatch.setattr(probing, "supervise", supervise)
     torch.manual_seed(47)
-    fresh = MIMJEPA(recipe).context_encoder.state_dict()
+    fresh = MIMJEPA(train.Recipe(**saved["recipe"])).context_encoder.state_dict()
     for which in ("context", "target"):
         probing.main(f"run/ckpt.pt --encoder {which} --no-pca --from-scratch --finetune --device cpu".split())
         seen.append(public := load_encoder("run/ckpt.pt", which))
@@ -1047,76 +867,49 @@ def test_the_encoders_that_are_compared_are_the_trained_one_and_that_of_step_0(m
                 expected = saved["model"][f"{which}_encoder.{name}"] if learned else fresh[name]
                 assert torch.equal(value, expected)
         seen.clear()
-    rows = json.load(open("run/eval.json"))["results"]
-    epochs = {"trained": recipe.probe_epochs, "untrained": recipe.probe_epochs,
-              "from scratch": recipe.epochs, "fine-tuned": recipe.epochs}  # fmt: skip
-    assert list(rows.items()) == [(name, {"linear": [number, 2, 3]}) for name, number in epochs.items()]
+    assert json.load(open("run/eval.json"))["results"] == {
+        "trained": {"linear": [2, 2, 3]}, "untrained": {"linear": [2, 2, 3]},  # of probes
+        "from scratch": {"linear": [3, 2, 2]}, "fine-tuned": {"linear": [3, 2, 3]}}
     assert Path("run/ckpt.pt").read_bytes() == before
-    with pytest.raises(ValueError, match="which is 'teacher'"):
-        load_encoder("run/ckpt.pt", "teacher")
     saved["model"]["context_encoder.mask_token"][0] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
-        load_encoder(saved)
+    for which, says in (("teacher", "which is 'teacher'"), ("context", "not finite")):
+        with pytest.raises(InputError, match=says):
+            load_encoder(saved, which)
 
-def test_all_probes_are_shown_and_several_runs_summed_up_at_their_last_checkpoint(capsys, monkeypatch):
-    drawn, draw = {}, probing.save_curves
-    spy = lambda p, *a: (draw(p, *a), drawn.update({p.name + p.parent.name: a}))  # noqa: E731
-    monkeypatch.setattr(probing, "save_curves", spy)
-    for seed in "12":
-        trained(f"--seed {seed} --keep-every 1", seed)
-    files = [f"{run}/ckpt{tag}" for run in "12" for tag in ("-0001", "-0002", "-0003", "")]
+def test_all_probes_are_shown_for_every_checkpoint_and_how_they_fare_as_a_run_goes_on(capsys, monkeypatch):
+    trained("--keep-every 1")
     capsys.readouterr()
-    again = os.path.abspath("1/ckpt.pt")  # counts once
-    # Patterns are passed on as they are by Windows.
-    probing.main(["1/ckpt*.pt", "2/ckpt*.pt", again, "--epochs", "1", "--device", "cpu"])
-    single, table = capsys.readouterr().out.split("mean ± standard deviation of 2 runs")
-    reports = {file: json.load(open(f"{file.replace('ckpt', 'eval')}.json"))["results"] for file in files}
-    for name in ("trained", "untrained"):
-        assert list(reports["1/ckpt"][name]) == ["k-NN", "linear", "simple", "multi-head", "cross"]
-        for probe, row in reports["1/ckpt"][name].items():
-            assert f"{probe:12}{name:14}{row[0]:11.1f}{row[1]:11.1f}{row[2]:11.1f}" in single
-            both = np.array([row[0], reports["2/ckpt"][name][probe][0]])
-            assert f"{probe:12}{name:14}{f'{both.mean():.1f} ± {both.std(ddof=1):.1f}':>15}" in table
-    panels, _ = drawn["probes.png1"]
-    course = [reports[f"1/ckpt-000{epoch}"]["trained"]["linear"][0] for epoch in (1, 2, 3)]
-    accuracy = panels["accuracy, top-1 in %"]
-    assert accuracy["linear"] == ([1, 2, 3], course) and panels["loss"]["loss"][0] == [1, 2, 3]
-    assert accuracy["linear, untrained"][1] == [reports["1/ckpt"]["untrained"]["linear"][0]] * 2
-    drawings = {"probes", "curves", "views", "pca", "leak-0001", "neighbours"}
-    assert {path.stem for path in Path("1").glob("*.png")} >= drawings
-
-def test_what_is_measured_is_kept_when_the_long_rest_is_stopped(monkeypatch, capsys):
-    trained()
-    monkeypatch.setattr(probing, "supervise", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        probing.main("run/ckpt.pt --from-scratch --epochs 0 --device cpu --no-pca".split())
-    assert "linear" in capsys.readouterr().out and "trained" in json.load(open("run/eval.json"))["results"]
+    monkeypatch.setattr(probing, "save_curves", curves := Mock(side_effect=probing.save_curves))
+    probing.main("run/ckpt*.pt ./run/ckpt.pt --epochs 1 --device cpu".split())  # one of them twice
+    table, reports = capsys.readouterr().out, {}
+    for path in sorted(Path("run").glob("eval*.json")):
+        reports[path.stem] = json.load(open(path))["results"]
+        for name, rows in reports[path.stem].items():
+            assert list(rows) == ["k-NN", "linear", "simple", "multi-head", "cross"]
+            for probe, row in rows.items():
+                assert f"{probe:12}{name:14}{row[0]:11.1f}{row[1]:11.1f}{row[2]:11.1f}" in table
+    assert list(reports) == ["eval-0001", "eval-0002", "eval-0003", "eval"]
+    panels = curves.call_args.args[1]  # of probes.png
+    accuracy, course = panels["accuracy, top-1 in %"], [reports[name] for name in list(reports)[:3]]
+    assert accuracy["linear"] == ([1, 2, 3], [report["trained"]["linear"][0] for report in course])
+    assert accuracy["linear, untrained"][1] == [reports["eval"]["untrained"]["linear"][0]] * 2
+    assert panels["loss"]["loss"][0] == [1, 2, 3]
+    assert {"curves", "views", "pca", "leak", "probes"} <= {path.stem for path in Path("run").glob("*.png")}
 
 def test_leak_png_shows_a_hole_that_stays_and_one_that_fills_and_views_png_what_is_hidden(monkeypatch):
-    drawn = {}
-    spy = lambda path, titles, rows, notes=(): drawn.update({path: (rows, notes)})  # noqa: E731
-    monkeypatch.setattr(probing, "save_grid", spy)
+    monkeypatch.setattr(probing, "save_grid", grid := Mock())
     load = loader(smooth_pictures(8, 96, 96), batch_size=8, side=96)
     there = torch.zeros(1, 36, dtype=torch.bool)
     there[:, [14, 15, 20, 21]] = True
-    image, hole = probing.central_views(load, load.rows[:1]), ~enlarged(there, 96)[0, 0]
-    probing.draw_leak("leak", Tokenizer(SMALL), load, image, there)
-    (masked, dense), (kept, filled) = drawn["leak"][0].values(), drawn["leak"][1]
-    assert kept[2:] == ["0% of the hole"] * 4 and filled[-1] == "100% of the hole"
-    orange = [((tiles[2:, 0] > 0.9) & (tiles[2:, 2] < 0.2))[:, hole].sum(1) for tiles in (masked, dense)]
-    assert orange[0].max() == 0 and (orange[1].diff() >= 0).all() and orange[1][0] > 0
+    probing.draw_leak("leak", Tokenizer(SMALL), load, probing.central_views(load, load.rows[:1]), there)
+    (masked, dense), (stays, fills) = grid.call_args.args[2].values(), grid.call_args.args[3]
+    orange = [((tiles[2:, 0] > 0.9) & (tiles[2:, 2] < 0.2)).any() for tiles in (masked, dense)]
+    assert stays[2:] == ["0% of it filled"] * 4 and fills[-1] == "100% of it filled"
+    assert orange == [False, True]
     probing.draw_views("views", load, 1)
-    whole, seen, _ = drawn["views"][0].values()
+    whole, seen, _ = grid.call_args.args[2].values()
     hidden = ~enlarged(load.batch(1)[1][:6], 96).expand(-1, 3, -1, -1)
     assert torch.equal(whole[~hidden], seen[~hidden]) and len(seen[hidden].unique()) == 2
-
-def test_ticks_are_round_and_a_nearest_neighbour_of_another_class_is_marked(monkeypatch):
-    assert probing.round_ticks(0, 13) == [0, 5, 10] and probing.round_ticks(38.2, 73) == [40, 50, 60, 70]
-    monkeypatch.setattr(probing, "save_grid", lambda *a: drawn.extend(a))
-    drawn, data = [], data_of([80] * 4 + [180] * 4 + [80, 180], [0, 0, 0, 1, 1, 1, 1, 1, 0, 1], 8)
-    points = torch.tensor([[1.0, 0]] * 3 + [[1, 0.1]] + [[0, 1]] * 4), torch.tensor([[1.0, 0], [0, 1]])
-    probing.draw_neighbours(None, data.loader, data, {"trained": points})
-    assert drawn[3][0] == [""] + ["right"] * 3 + ["WRONG class"] * 2 and len(drawn[2]) == 3
 
 # ---- What goes wrong ---------------------------------------------------------------------------------------
 
@@ -1124,66 +917,40 @@ def test_ticks_are_round_and_a_nearest_neighbour_of_another_class_is_marked(monk
     *((Encoder(SMALL), [shape]) for shape in ((2, 3, 96, 64), (2, 1, 96, 96), (3, 96, 96), (2, 3, 16, 16))),
     *((Encoder(SMALL), [(2, 3, 96, 96), shape]) for shape in ((2, 35), (1, 36), (2, 36))),  # no mask is float
     (Predictor(SMALL), [(2, 35, 32)]), (jepa_loss, [(2, 36, 8), (2, 36, 4), (2, 36)]),
-])  # fmt: skip
+])
 def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
     with pytest.raises(ValueError, match="must be"):
         part(*(torch.randn(shape) for shape in shapes))
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--dataset cats", "dataset is 'cats'"), ("--data-dir nowhere", "nowhere"), ("--what", "--what"),
-    ("--epochs 0", "epochs"), ("--epochs many", "--epochs"), ("--lr -1", "lr"), ("--lr nan", "lr"),
-    ("--image-size 100", "image_size is"), ("--image-size 16", "image_size is"), ("--dim 30", "dim is"),
-    ("--heads 5", "dim is"), ("--depth 0", "depth is"), ("--predictor-depth -1", "predictor_depth is"),
-    ("--tokenizer conv", "tokenizer is"), ("--masking bloc", "masking is"), ("--mask-ratio 0", "mask_ratio"),
-    ("--mask-ratio 1", "mask_ratio is"), ("--mask-ratio nan", "mask_ratio is"), ("--dropout 1", "dropout is"),
-    ("--attention-dropout 2", "attention_dropout"), ("--drop-path -1", "drop_path"), ("--seed -1", "seed"),
-    ("--batch-size 1", "batch_size"), ("--batch-size 50000", "--batch-size"), ("--device tpu9", "tpu9"),
-    ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"), ("--max-steps -1", "max-st"),
-    ("--out /dev/null/run", "/dev/null/run"), ("--out .", "is there"), (".", "cannot read ."),
-    ("none.pt", "cannot read none.pt"), ("none.pt --epochs -1", "epochs"), ("none.pt --labels -1", "labels"),
-    ("--dataset critters --data-dir .", "leave out --data-dir"),
-    ("--data-dir .", "no pictures in"),
-    ("--dataset folder", "no folder data"), ("pictures", "unrecognized"), ("--data_dir .", "--data_dir"),
-])  # fmt: skip
+    ("--dataset cats", "dataset is 'cats'"), ("--dataset folder", "no folder data"), ("--lr nan", "lr is"),
+    ("--data-dir .", "no pictures in"), ("--dataset critters --data-dir .", "leave out --data-dir"),
+    ("--epochs 0", "epochs is"), ("--seed -1", "seed is"), ("--depth 0", "depth is"), ("--dim 30", "dim is"),
+    ("--heads 5", "dim is"), ("--image-size 100", "image_size is"), ("--tokenizer conv", "tokenizer is"),
+    ("--masking bloc", "masking is"), ("--mask-ratio 0", "mask_ratio is"), ("--mask-ratio 1", "mask_ratio"),
+    ("--dropout 1", "dropout is"), ("--pretrain-split test", "pretrain_split"), ("--pictures 9", "pictures"),
+    ("--batch-size 50000", "batch_size is"), ("--device tpu9", "tpu9"), ("--max-steps -1", "max_steps is"),
+    ("--out .", "is there"), ("pictures", "unrecognized"), ("--data_dir .", "--data_dir"),
+    (".", "cannot read ."), ("none.pt", "cannot read none.pt"), ("none.pt --labels -1", "labels"),
+])
 def test_wrong_arguments_are_refused_in_one_line_before_anything_is_written(arguments, says):
     program = train if arguments.startswith(("--", "pictures")) else probing
     assert says in refused(program, *arguments.split()) and not list(Path(".").iterdir())
 
-@pytest.mark.parametrize("outcome, status, line", [
-    ([143], 143, ""), (KeyboardInterrupt(), 130, ""), (RuntimeError("a bug"), None, ""),
-    (InputError("a\nline"), 2, r"error: a\\nline"), (OSError(5, "Bad", "x"), 2, "error: .*Bad: 'x'"),
-    (MemoryError(), 2, "error: .*--batch-size"), (torch.OutOfMemoryError("CUDA"), 2, "error: .*--batch-size"),
-])  # fmt: skip
-def test_a_program_ends_in_one_line_and_a_status_and_a_bug_in_a_traceback(monkeypatch, outcome, status, line):
-    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with pytest.raises(RuntimeError if status is None else SystemExit) as end:
-        train.run(Mock(side_effect=outcome))
-    text = terminal.buffer.getvalue().decode("ascii")
-    assert re.match(line, text) and text.count("\n") == bool(line)
-    assert getattr(end.value, "code", None) == status
-
-def test_the_programs_as_programs_and_in_a_notebook():
-    notebook = """if True:
-        import io, runpy, sys
-        class Stream(io.TextIOBase):  # no buffer, no fileno
-            def write(self, text):
-                return len(text)
-        sys.argv, sys.stdout = sys.argv[1:], Stream()
-        runpy.run_path(sys.argv[0], run_name="__main__")"""
-    train_one = ["train.py", *CRITTERS, "--max-steps", "1", "--out"]
-    for program in ([*train_one, "run"], ["eval.py", "run/ckpt.pt", "--epochs", "0"]):
-        done = python("-c", notebook, HERE / program[0], *program[1:])
-        assert done.returncode == 0, done
-    assert python(HERE / "train.py", *train_one[1:], "other").stdout.endswith("eval.py other/ckpt.pt\n")
+def test_the_programs_as_programs_end_with_a_status_and_what_is_wrong_is_one_line():
+    done = python(HERE / "train.py", *CRITTERS, "--max-steps", "1")
+    assert done.stdout.endswith("eval.py runs/critters/ckpt.pt\n"), done
+    done = python(HERE / "eval.py", "runs/critters/ckpt.pt", "--epochs", "0")
+    assert done.returncode == 0 and "linear" in done.stdout, done
+    done = python(HERE / "train.py", "--data-dir", "a\nb")
+    assert done.returncode == 2 and re.fullmatch("error: no folder a.*b,.*\n", done.stderr), done
 
 def test_a_folder_belongs_to_one_run_and_a_tilde_is_ones_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     train.main([*CRITTERS, "--max-steps", "1", "--out=~/runs/mine"])
     before = {path: path.read_bytes() for path in Path("runs/mine").iterdir()}
     assert "--resume goes on" in refused(train, *CRITTERS, "--out", "runs/mine") and not Path("~").exists()
-    assert "data_dir" in refused(train, "--resume", "--out", "runs/mine", "--data-dir", ".")  # of critters
-    open_run = lambda args, given: (train.default_recipe(given), Path("runs/mine"), None)  # noqa: E731
+    open_run = lambda args, given: (train.default_recipe(given), Path("runs/mine"), None)
     monkeypatch.setattr(train, "open_run", open_run)  # two look for the folder at the same moment
     with pytest.raises(FileExistsError):
         train.main(CRITTERS)
@@ -1200,7 +967,7 @@ def test_a_table_that_is_open_elsewhere_is_a_warning_and_a_checkpoint_is_tried_a
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", busy)
-    monkeypatch.setattr(train, "time", SimpleNamespace(sleep=int, perf_counter=train.time.perf_counter))
+    monkeypatch.setattr(train.time, "sleep", int)
     assert trained("--max-steps 2")["step"] == 2 and tries[:3] == ["ckpt.pt"] * 3
     assert "warning: cannot write run/metrics.csv" in capsys.readouterr().out
     assert os.listdir("run") == ["ckpt.pt"]
@@ -1208,7 +975,7 @@ def test_a_table_that_is_open_elsewhere_is_a_warning_and_a_checkpoint_is_tried_a
 @pytest.mark.parametrize("place, name, fault, says", [
     (scott, "jepa_loss", lambda prediction, *_: prediction.sum() * math.inf, "not finite by step 10.*--lr"),
     (os, "fsync", Mock(side_effect=OSError(28, "No space left")), "cannot write .*No space left.*--resume"),
-])  # fmt: skip
+])
 def test_trouble_in_a_run_is_one_line_and_leaves_what_was_saved_alone(monkeypatch, place, name, fault, says):
     trained("--max-steps 5")
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
@@ -1216,22 +983,18 @@ def test_trouble_in_a_run_is_one_line_and_leaves_what_was_saved_alone(monkeypatc
     assert re.search(says, refused(train, *CRITTERS, "--resume", "--out", "run"))
     assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda c: "a weight's bit", "run/ckpt.pt is damaged"), (lambda c: "cut", "run/ckpt.pt is damaged"),
-    (lambda c: c.update(format=Path("x")), "run/ckpt.pt is damaged"),  # to unpickle an object can run code
-    (lambda c: c.update(format="scott-mim-jepa 0"), "this version"),
-    (lambda c: c["recipe"].update(epochs="3"), "epochs is"), (lambda c: c["recipe"].update(lr=-1.0), "lr is"),
-    (lambda c: c.update(recipe=[]), "this version"),
-    (lambda c: c.update(step="many"), "this version"),
-])  # fmt: skip
-def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(damage, says):
+@pytest.mark.parametrize("change, says", [
+    ({}, "run/ckpt.pt is damaged"),  # a bit of a weight is another
+    (dict(format=Path("x")), "run/ckpt.pt is damaged"),  # to unpickle an object can run code
+    (dict(format="scott-mim-jepa 0"), "this version"), (dict(step="many"), "this version"),
+    (dict(recipe=[]), "this version"), (dict(recipe=dict(pictures=1)), "pictures is"),
+])
+def test_a_checkpoint_that_is_damaged_or_does_not_fit_is_refused(change, says):
     checkpoint, file = trained("--max-steps 5"), Path("run/ckpt.pt")
-    change = damage(checkpoint)
-    torch.save(checkpoint, file)
-    if change == "cut":
-        file.write_bytes(file.read_bytes()[:-99])
-    elif change:
-        weight = checkpoint["model"]["predictor.head.weight"].numpy().tobytes()
-        file.write_bytes(file.read_bytes().replace(weight, bytes([weight[0] ^ 1]) + weight[1:]))
+    torch.save(checkpoint | change, file)
+    if not change:
+        content = bytearray(file.read_bytes())
+        content[content.index(checkpoint["model"]["predictor.head.weight"].numpy().tobytes())] ^= 1
+        file.write_bytes(content)
     assert says in refused(probing, file, "--device", "cpu")
     assert says in refused(train, *CRITTERS, "--resume", "--out", "run")

@@ -258,7 +258,7 @@ class Loader:
     def __init__(self, pictures, rows, recipe, machine, views=2):
         self.pictures, self.rows, self.recipe, self.device = pictures, rows, recipe, machine.device
         self.views, self.steps_per_epoch = views, len(rows) // recipe.batch_size
-        recipe.require("batch_size", self.steps_per_epoch > 0, f"at most {len(rows)}, as many as the pictures")
+        recipe.require("batch_size", self.steps_per_epoch > 0, f"at most {len(rows)}, the pictures there are")
         self.mean, self.std = torch.tensor([MEAN, STD], device=machine.device).view(2, 3, 1, 1)
         # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
@@ -689,7 +689,8 @@ def summary(step, per_epoch, means, schedule, speed, seconds):
     if not math.isfinite(loss):
         raise InputError(f"the loss is not finite by step {step:,}: lower --lr, or try --precision fp32")
     if deviation < 0.1:
-        tqdm.write(f"warning: target_std is {deviation:.3f}, it collapses: try more --momentum or less --lr")
+        tqdm.write(f"warning: target_std is {deviation:.3f}. If it stays below 0.1 after warm-up, begin anew "
+                   "with --momentum nearer to 1, or a lower --lr")
     lr, weight_decay, momentum = schedule
     return dict(epoch=step / per_epoch, step=step, loss=loss, learning_rate=lr, weight_decay=weight_decay,
                 momentum=momentum, target_std=deviation, images_per_s=speed, seconds=seconds)
@@ -743,21 +744,18 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv):
         """(all flags, those of the recipe that were given)"""
         args = self.parse_args(argv)
+        for name, value in vars(args).items():
+            if type(value) is int and value < 0:
+                self.error(f"{name} is {value}, it must be 0 or more")
         return args, {name: getattr(args, name) for name in self.names if hasattr(args, name)}
-
-def natural(text):
-    """The type of a flag: 0, 1, 2, …"""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
 
 def read_arguments(argv):
     names = [field.name for field in fields(Recipe)]
     parser = Parser(names, prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="", help="the run's folder, a new one (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on in the folder --out")
-    parser.add_argument("--max-steps", type=natural, default=0, help="stop there; the schedules stay")
-    parser.add_argument("--keep-every", type=natural, default=0, help="also keep every Nth epoch")
+    parser.add_argument("--max-steps", type=int, default=0, help="stop there; the schedules stay")
+    parser.add_argument("--keep-every", type=int, default=0, help="also keep every Nth epoch")
     return parser.read(argv)
 
 PLACES = "data_dir", "cache_dir", "skip_bad_images"  # of a recipe: these may change when a run goes on
