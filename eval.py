@@ -112,17 +112,17 @@ def central_views(loader, rows):
     return loader.crop(rows, loader.to_device(drawn))
 
 class Features:
-    """The frozen encoder as a function: normalised images [B, 3, H, H] → normalised tokens [B, N, D]"""
+    """An encoder as a function: normalised images [B, 3, H, H] → normalised tokens [B, N, D]. It is frozen,
+    unless it is for training."""
 
-    def __init__(self, encoder, loader, machine):
+    def __init__(self, encoder, loader, machine, training=False):
         self.machine, self.loader = machine, loader
-        self.encoder = encoder.to(machine.device).eval().requires_grad_(False)
+        self.encoder = encoder.to(machine.device).train(training).requires_grad_(training)
         if machine.compile:
             self.encoder.compile(fullgraph=True)
 
-    @torch.no_grad()
     def __call__(self, views):
-        with self.machine.autocast():
+        with torch.set_grad_enabled(self.encoder.training), self.machine.autocast():
             return layer_norm(self.encoder(views)).float()
 
     def of(self, rows, what, result):
@@ -174,8 +174,7 @@ def linear(train, train_labels, test, classes, decay=1e-3):
     optimizer.step(loss)
     return F.linear(test, weight[:, :-1], weight[:, -1]).detach()
 
-# What probes are trained and tested on: a Loader of the training rows, labels [n] of all pictures, training
-# and test rows, the number of classes.
+# loader: of the training pictures; labels [n]: of all pictures; train, test: rows; classes: how many
 Data = namedtuple("Data", "loader labels train test classes")
 
 def split_data(pictures, recipe, machine, per_class=0):
@@ -183,8 +182,7 @@ def split_data(pictures, recipe, machine, per_class=0):
     labels, rows = pictures.labels, torch.arange(len(pictures.labels)).tensor_split([pictures.train])
     train, test = (part[(pictures.sizes[part, 0] > 0) & (labels[part] >= 0)] for part in rows)
     if len(labels[train].unique()) < 2 or len(test) == 0:
-        text = f"{recipe.data_dir} has no readable labelled pictures of two classes, to train and to test on"
-        raise InputError(f"{text}. {LAYOUT}")
+        raise InputError(f"{recipe.data_dir} has no readable labelled pictures of two classes. {LAYOUT}")
     if per_class:
         if per_class > labels[train].bincount().max():
             raise InputError(f"labels is {per_class}, but no class has so many training pictures")
@@ -194,36 +192,30 @@ def split_data(pictures, recipe, machine, per_class=0):
     loader = Loader(pictures, train, recipe, machine, views=1)
     return Data(loader, labels, train, test, int(labels.max()) + 1)
 
-def train_on_labels(encode, probes, parameters, data, epochs, warmup, seed, peak_lr=5e-4):
-    """The supervised loop, for probes and whole networks: AdamW and the schedules of pretraining.
-    encode: views [B, 3, H, H] → tokens [B, N, D], for all probes; warmup: share of the steps"""
+def train_on_labels(features, names, data, epochs, warmup, seed, peak_lr=5e-4):
+    """Train probes of these names together, on the same augmented views, and the encoder if it is not frozen,
+    by AdamW and the schedules of pretraining; warmup: share of the steps.
+    → {probe: (top-1, top-5, mean per class)} in percent, on the test split"""
     torch.manual_seed(seed)
-    optimizer = make_optimizer(parameters)
+    dim, device = features.encoder.config.dim, features.machine.device
+    probes = nn.ModuleDict({name: PROBES[name](dim, data.classes) for name in names}).to(device)
+    optimizer = make_optimizer([*features.encoder.parameters(), *probes.parameters()])
     total_steps = epochs * data.loader.steps_per_epoch
     for step in tqdm(range(1, total_steps + 1), "on labels", leave=False, disable=None):
         views, _, rows = data.loader.batch(step)
         set_schedule(optimizer, *schedules(step, total_steps, int(warmup * total_steps), peak_lr=peak_lr)[:2])
-        tokens, target = encode(views[0]), data.loader.to_device(data.labels[rows])
+        tokens, target = features(views[0]), data.loader.to_device(data.labels[rows])
         # The probes share no weights, so from the sum of their losses each gets the gradient of its own.
         sum(F.cross_entropy(probe(tokens), target) for probe in probes.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-def train_probes(features, data, dim, epochs, seed):
-    """Train the three attentive probes together, on the same augmented views of the training pictures."""
-    torch.manual_seed(seed)
-    probes = nn.ModuleDict({name: probe(dim, data.classes) for name, probe in PROBES.items()})
-    probes.to(features.machine.device)
-    train_on_labels(features, probes, probes.parameters(), data, epochs, 0.2, seed)
-    return probes.eval()
-
-@torch.no_grad()
-def score_probes(features, probes, data):
-    """{probe: (top-1, top-5, mean per class)} in percent, on the test split."""
-    scores = features.of(data.test, "testing", lambda x: torch.stack([p(x) for p in probes.values()], dim=1))
+    features.encoder.eval()
+    probes.eval()
+    with torch.no_grad():
+        scores = features.of(data.test, "test", lambda x: torch.stack([p(x) for p in probes.values()], dim=1))
     return {name: accuracies(scores[:, i], data.labels[data.test]) for i, name in enumerate(probes)}
 
-def evaluate(features, data, dim, epochs, seed):
+def evaluate(features, data, epochs, seed):
     """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent; and the averaged
     features [n, D] of training and test pictures."""
     train, test = (features.of(rows, "features", lambda x: x.mean(1)) for rows in (data.train, data.test))
@@ -233,26 +225,16 @@ def evaluate(features, data, dim, epochs, seed):
     results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
                "linear": accuracies(linear(train, labels, test, data.classes), truth)}
     if epochs > 0:
-        results |= score_probes(features, train_probes(features, data, dim, epochs, seed), data)
+        results |= train_on_labels(features, PROBES, data, epochs, 0.2, seed)
     return results, train, test
 
 def supervise(encoder, data, recipe, machine):
     """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining,
     for as many epochs and at its learning rate."""
-    torch.manual_seed(recipe.seed)
-    probes = nn.ModuleDict({"simple": SimpleProbe(recipe.dim, data.classes)}).to(machine.device)
-    encoder.to(machine.device).requires_grad_(True).train()
-    if machine.compile:
-        encoder.compile(fullgraph=True)
-
-    def encode(views):
-        # In half precision gradients would need scaling, and this is the yardstick: then without.
-        with machine.autocast() if machine.dtype == torch.bfloat16 else nullcontext():
-            return layer_norm(encoder(views)).float()
-
-    parameters = [*encoder.parameters(), *probes.parameters()]
-    train_on_labels(encode, probes, parameters, data, recipe.epochs, 40 / 300, recipe.seed, recipe.lr)
-    return score_probes(Features(encoder, data.loader, machine), probes.eval(), data)
+    if machine.dtype == torch.float16:  # its gradients would need scaling, and this is the yardstick
+        machine = machine._replace(autocast=nullcontext)
+    features = Features(encoder, data.loader, machine, training=True)
+    return train_on_labels(features, ["simple"], data, recipe.epochs, 40 / 300, recipe.seed, recipe.lr)
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
 
@@ -461,7 +443,7 @@ def probe_checkpoint(path, args, given, machine):
     counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
     print(f"{source.dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
     for name, encode in features.items():
-        results[name], *averages[name] = evaluate(encode, data, recipe.dim, epochs, recipe.seed)
+        results[name], *averages[name] = evaluate(encode, data, epochs, recipe.seed)
     if not args.no_pca:
         draw_neighbours(place("neighbours.png"), loader, data, averages)
     report()
@@ -471,7 +453,7 @@ def probe_checkpoint(path, args, given, machine):
     if args.finetune:
         results["fine-tuned"] = supervise(load_encoder(saved, args.encoder), data, recipe, machine)
         report()
-    print(f"\nwrote {place('eval.json')}{'' if args.no_pca else ' and pictures beside it'}")
+    print(f"\nwrote {place('eval.json')}")
     return saved["epoch"], saved["history"], results
 
 def draw_course(path, times):
@@ -483,7 +465,6 @@ def draw_course(path, times):
              for name, row in last.get("untrained", {}).items()}
     loss = [row["epoch"] for row in history], [row["loss"] for row in history]
     save_curves(path, {"loss": {"loss": loss}, "accuracy, top-1 in %": curves | start}, "epochs")
-    print(f"wrote {path}")
 
 def main(argv=None, stop=None):
     """Probe as the command line says. Returns the exit status, 0."""

@@ -23,6 +23,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -270,8 +271,8 @@ class Loader:
         that is random is drawn on the CPU; a GPU gets it in two transfers, which nobody waits for."""
         recipe, B, generator = self.recipe, self.recipe.batch_size, generator_for(self.recipe.seed, 1, step)
         epoch, i = divmod(step - 1, self.steps_per_epoch)
-        order = torch.randperm(len(self.rows), generator=generator_for(recipe.seed, 0, epoch))
-        rows = self.rows[order[i * B : (i + 1) * B]]
+        shuffle = torch.randperm(len(self.rows), generator=generator_for(recipe.seed, 0, epoch))
+        rows = self.rows[shuffle[i * B : (i + 1) * B]]
         crops = draw_crops(self.pictures.sizes[rows], self.pictures.pixels.shape[-1], generator)
         mirrored = torch.rand(B, 1, generator=generator) < 0.5  # all views share crop and mirror
         order, factors = draw_colours(self.views * B, generator)
@@ -287,7 +288,7 @@ class Loader:
         """Crops [B, 3, H, H] of these pictures. drawn [B, 6], on the device: row, and see crop_and_resize."""
         pixels = self.pictures.pixels  # on the device, or beside it where it has no room for all
         at_hand = pixels.device == drawn.device
-        pixels = pixels[drawn[:, 0].long()] if at_hand else self.to_device(pixels[rows])
+        pixels = pixels[drawn[:, 0].long()] if at_hand else self.to_device(pixels.index_select(0, rows))
         return self.crop_and_resize(pixels, drawn[:, 1:], self.recipe.image_size)
 
     def normalise(self, images):
@@ -319,8 +320,8 @@ def main(argv=None, stop=None):
     optimizer = make_optimizer(model.parameters())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    digest = hashlib.sha256(pictures.sizes[rows].numpy().tobytes()).hexdigest()[:16]
-    ident = f"{len(rows)} pictures, {digest}"  # by which a run knows its pictures again
+    known = pictures.sizes[rows].numpy().tobytes() + pictures.labels[rows].numpy().tobytes()
+    ident = f"{len(rows)} pictures, {hashlib.sha256(known).hexdigest()[:16]}"  # to know them again
     # sums: of loss and target_std since the last row of the history
     step, seconds, history, sums = restore(saved, parts, ident)
     sums, saved = sums.to(machine.device), None  # the checkpoint's memory is needed
@@ -459,7 +460,8 @@ def open_datasets(recipe):
         return open_folder(root, ("train", "val") if name == "imagenet100" else ("train", "val", "test"))
     kind, splits, count = LIBRARY[name]
     try:
-        import scipy  # torchvision wants it for flowers, but only after the download
+        if name == "flowers":
+            import scipy  # torchvision wants it, but only after the download
         parts = [kind(root, split, download=True) for split in splits]
     except Exception as error:  # no network, no room, a broken archive or list: whatever it leads to
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -502,9 +504,9 @@ def is_picture(path):
 def open_split(folder):
     """The pictures below a folder. Each folder in it is a class; what lies beside these has none."""
     paths = [*filter(is_picture, find_files(folder))] if folder.is_dir() else []
-    names = [path.relative_to(folder).parts[:-1][:1] for path in paths]  # the class, or nothing
-    classes = sorted({*names} - {()})
-    labels = [classes.index(name) if name else -1 for name in names]
+    parts = [path.relative_to(folder).parts for path in paths]
+    classes = sorted({first for first, *rest in parts if rest})
+    labels = [classes.index(first) if rest else -1 for first, *rest in parts]
     return Pairs([*zip(paths, labels)], classes, open_picture)
 
 def open_folder(root, splits):
@@ -523,7 +525,7 @@ def open_folder(root, splits):
     if any(part.classes != parts[0].classes for part in parts):
         raise InputError(f"{', '.join(splits)} in {root} need pictures in the same folders, one per class")
     if (passed := len(files) - sum(map(len, parts))) > 0:
-        print(f"passed over {passed} files outside {', '.join(splits)}, or no pictures")
+        print(f"passed over {passed} files outside {', '.join(splits)}, or of other types")
     return parts
 
 def choose_rows(pictures, recipe):
@@ -600,32 +602,36 @@ def load_pictures(recipe, folder, device):
     pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
     record = np.dtype([("label", "i8"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
     if recipe.dataset == "critters":  # drawn in seconds: nothing to keep
-        decode_all(pictures, record, file := io.BytesIO())
+        file = io.BytesIO()
+        decode_all(pictures, record, file)
         records = np.frombuffer(file.getbuffer(), record)
     else:
-        path = folder / f"{recipe.dataset}-{side}-{fingerprint(parts)}{STORE}"
+        name = Path(recipe.data_dir).expanduser().resolve().name  # pictures of several may share a folder
+        path = folder / f"{recipe.dataset}-{name}-{side}-{fingerprint(parts)}{STORE}"
         records = open_store(path, record, pictures)
         bad = np.flatnonzero(records["size"][:, 0] == 0).tolist()
-        text = f"{len(bad)} of {len(pictures)} files cannot be used: "
+        text = f"{len(bad)} of {len(pictures)} files, which cannot be used: "
         text += "; ".join(why_not(pictures, i) for i in bad[:40])
-        if bad and not recipe.skip_bad_images:
+        if bad and (not recipe.skip_bad_images or len(bad) == len(pictures)):
             records = None  # Windows removes no file that is mapped
             path.unlink()  # some may be mended by the next time
             raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
         if bad:
             print(f"left out {text}")
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
-    pixels = torch.from_numpy(records["pixels"])
+    with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
+        pixels = torch.from_numpy(records["pixels"])
     if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 3:
         pixels = torch.cat([part.to(device) for part in pixels.split(256)])
     return Pictures(pixels, sizes, labels, train)
 
 def fingerprint(parts):
-    """A digest that changes when a file of one's own does, or another comes in its place."""
+    """A digest that changes when a file of one's own does, or its class, or another comes in its place."""
     stamps = [len(part) for part in parts]
-    for path, _ in sum([part.samples for part in parts if getattr(part, "read", None) is open_picture], []):
+    own = [part.samples for part in parts if getattr(part, "read", None) is open_picture]
+    for path, label in sum(own, []):
         info = os.stat(path) if path.exists() else None
-        stamps.append((path.name, info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns)))
+        stamps.append((path.name, label, info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns)))
     return hashlib.sha256(ascii(stamps).encode()).hexdigest()[:16]
 
 def decode(pictures, record, i):
@@ -639,7 +645,7 @@ def decode(pictures, record, i):
 
 def why_not(pictures, i):
     try:
-        return f"{type(pictures[i]).__name__} now"
+        return f"{pictures[i] and 'it'} can be read now: delete the cache"
     except Exception as error:
         return ascii(str(error) or type(error).__name__)[1:-1]  # a name may hold anything
 
@@ -658,8 +664,9 @@ def open_store(path, record, pictures):
         advice = "free some room, lower --cache-side, or name another --cache-dir"
         write_file(path, partial(decode_all, pictures, record), advice)
         for old in {*path.parent.glob(path.name.replace(path.stem[-16:], "?" * 16))} - {path}:
-            old.unlink()  # of files that have changed since
-    return np.memmap(path, record, "c")  # changes would stay in memory
+            with suppress(OSError):  # on Windows another run may have it open
+                old.unlink()  # of files that have changed since
+    return np.memmap(path, record, "r")
 
 # ---- What a run leaves: checkpoints and records ------------------------------------------------------------
 
@@ -698,7 +705,8 @@ def summary(step, per_epoch, means, schedule, speed, seconds):
 def save(out, names, parts, rows, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
     state |= {name: part.state_dict() for name, part in parts.items()} | {"format": FORMAT}
-    torch.save(state, content := io.BytesIO())  # into memory: then only the disk can fail
+    content = io.BytesIO()
+    torch.save(state, content)  # into memory: then only the disk can fail
     for name in names:
         write_file(out / name, lambda file: file.write(content.getbuffer()))
     how = dict(fmt="%.9g", delimiter=",", header=",".join(rows[0]), comments="")
@@ -725,15 +733,13 @@ class Parser(argparse.ArgumentParser):
     """Flags for these fields of Recipe, and for the machine. Only what is given appears in the result."""
 
     def __init__(self, names, **settings):
-        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **settings)
+        about = "Recipe (train.py) and Config (scott.py) explain what has a value in brackets, the paper's."
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=about, **settings)
         self.names = names
-        about = "Explained in Recipe (train.py) and Config (scott.py); in brackets the paper's values."
-        group = self.add_argument_group("recipe", about)
-        for field in (field for field in fields(Recipe) if field.name in names):
-            kind = type(field.default)
-            how = dict(type=kind, metavar=kind.__name__.upper())
-            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
-            group.add_argument(f"--{field.name.replace('_', '-')}", help=f"[{field.default}]", **how)
+        for name in names:
+            kind = type(default := getattr(Recipe, name))
+            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+            self.add_argument(f"--{name.replace('_', '-')}", help=f"[{default}]", **how)
         self.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
         self.add_argument("--precision", default=None, choices=("fp32", "bf16", "fp16"), help="(by device)")
         self.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction, help="(on a GPU)")
@@ -772,11 +778,11 @@ def open_run(args, given):
     out = Path(args.out or f"runs/{default_recipe(given).dataset}").expanduser()
     if out.exists() and not args.resume:
         raise InputError(f"{out} is there: --resume goes on with its run, another --out begins a new one")
-    kept = sorted(out.glob("ckpt*.pt"))  # ckpt.pt comes last
+    kept = [*sorted(out.glob("ckpt-*.pt")), *out.glob("ckpt.pt")]  # the last is the newest
     saved = load_checkpoint(kept[-1]) if kept else None
     recipe = Recipe(**saved["recipe"]) if kept else default_recipe(given)
-    if args.resume and not kept:
-        print(f"there is no checkpoint in {out} yet: starting from the beginning")
+    if args.resume:
+        print(f"going on from {kept[-1]}" if kept else f"no checkpoint in {out} yet: starting anew")
     for name, value in given.items():
         may_change = name in PLACES and recipe.dataset != "critters"
         if value != getattr(recipe, name) and not may_change:
@@ -828,15 +834,14 @@ def run(program):
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has two of them
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's
             signal.signal(getattr(signal, name), hear)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such thing
+        sys.stdout.reconfigure(errors="backslashreplace")  # some terminals know few letters
     try:
         raise SystemExit(program(stop=stop))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (InputError, OSError) as error:
-        print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)
-        raise SystemExit(2) from None
-    except (MemoryError, torch.OutOfMemoryError):
-        print("error: out of memory; what was saved is whole: try a lower --batch-size", file=sys.stderr)
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("error:", str(error).replace("\n", "\\n") or "out of memory", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         stop.heeded = False  # a notebook goes on: its Ctrl-C interrupts again
