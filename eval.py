@@ -353,7 +353,7 @@ def draw_leak(path, tokenizer, loader, image, visible):
             x = layer(x, mask).relu()  # which changes nothing after a pool
             active = x.mean(1, keepdim=True)
             made_up = active[~enlarged(visible, active.shape[-1])] > 0
-            texts.append(f"{made_up.float().mean():.0%} of it filled")
+            texts.append(f"hole: {made_up.float().mean():.0%} filled")
             active = F.interpolate(active, size=(side, side))
             grey = torch.where(seen, 1 - (active / active.max()).sqrt(), 1.0)
             tiles.append(torch.where((active > 0) & ~seen, orange, grey))
@@ -395,7 +395,7 @@ def choose_data(recipe, given):
 
 def draw_run(place, saved, loader, features):
     """The pictures of a run that need no labels. place("pca.png"): where that one belongs."""
-    recipe, generator = loader.recipe, generator_for(loader.recipe.seed, 5)
+    recipe, generator = loader.recipe, generator_for(loader.recipe.seed, 10)
     epochs, columns = [row["epoch"] for row in saved["history"]], ("loss", "target_std", "learning_rate")
     if len(epochs) > 1:
         curves = {name: {name: (epochs, [row[name] for row in saved["history"]])} for name in columns}

@@ -905,7 +905,7 @@ def test_leak_png_shows_a_hole_that_stays_and_one_that_fills_and_views_png_what_
     probing.draw_leak("leak", Tokenizer(SMALL), load, probing.central_views(load, load.rows[:1]), there)
     (masked, dense), (stays, fills) = grid.call_args.args[2].values(), grid.call_args.args[3]
     orange = [((tiles[2:, 0] > 0.9) & (tiles[2:, 2] < 0.2)).any() for tiles in (masked, dense)]
-    assert stays[2:] == ["0% of it filled"] * 4 and fills[-1] == "100% of it filled"
+    assert stays[2:] == ["hole: 0% filled"] * 4 and fills[-1] == "hole: 100% filled"
     assert orange == [False, True]
     probing.draw_views("views", load, 1)
     whole, seen, _ = grid.call_args.args[2].values()

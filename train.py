@@ -382,7 +382,7 @@ def main(argv=None, stop=None):
 def generator_for(*key):
     """A torch.Generator for a key of whole numbers: the same key, the same draws. Keys: (seed, 0, epoch)
     order of pictures; (seed, 1, step) crops, colours, masks; (seed, 2) which pictures; (seed, 3, step)
-    dropout; in eval.py (seed, 4) labels, (seed, 5) examples."""
+    dropout; in eval.py (seed, 4) labels, (seed, 10) examples."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
