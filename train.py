@@ -645,7 +645,8 @@ def decode(pictures, record, i):
 
 def why_not(pictures, i):
     try:
-        return f"{pictures[i] and 'it'} can be read now: delete the cache"
+        pictures[i]
+        return "it can be read now: delete the cache"
     except Exception as error:
         return ascii(str(error) or type(error).__name__)[1:-1]  # a name may hold anything
 
