@@ -178,11 +178,11 @@ def linear(train, train_labels, test, classes, decay=1e-3):
 Data = namedtuple("Data", "loader labels train test classes")
 
 def split_data(pictures, recipe, machine, per_class=0):
-    """The readable pictures that have labels; per_class: how many of each class to train on, 0 for all."""
+    """The pictures that have labels; per_class: how many of each class to train on, 0 for all."""
     labels, rows = pictures.labels, torch.arange(len(pictures.labels)).tensor_split([pictures.train])
-    train, test = (part[(pictures.sizes[part, 0] > 0) & (labels[part] >= 0)] for part in rows)
+    train, test = (part[labels[part] >= 0] for part in rows)
     if len(labels[train].unique()) < 2 or len(test) == 0:
-        raise InputError(f"{recipe.data_dir} has no readable labelled pictures of two classes. {LAYOUT}")
+        raise InputError(f"{recipe.data_dir} has no labelled pictures of two classes. {LAYOUT}")
     if per_class:
         if per_class > labels[train].bincount().max():
             raise InputError(f"labels is {per_class}, but no class has so many training pictures")
@@ -432,8 +432,8 @@ def probe_checkpoint(path, args, given, machine):
                      probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"], results=results)
         write_file(place("eval.json"), lambda file: file.write(json.dumps(about, indent=1).encode()))
 
-    readable = (pictures.sizes[:, 0] > 0).nonzero().squeeze(1)
-    loader = Loader(pictures, readable, replace(source, batch_size=min(64, len(readable))), machine)
+    rows = torch.arange(len(pictures.labels))
+    loader = Loader(pictures, rows, replace(source, batch_size=min(64, len(rows))), machine)
     features = {"trained": Features(load_encoder(saved, args.encoder), loader, machine)}
     if not args.no_baseline:
         features["untrained"] = Features(untrained(), loader, machine)

@@ -292,14 +292,14 @@ def test_the_papers_recipe_is_the_default_and_small_data_sets_say_what_differs()
 
 def test_critters_are_the_same_every_time_balanced_and_not_told_apart_by_colour():
     species, critters = len(train.SPECIES), train.critters(600, seed=5, side=32)
-    assert critters.samples == train.critters(600, 5, 32).samples != train.critters(600, 6, 32).samples
+    drawn, same, others = ([draw.args for draw, _ in train.critters(600, seed, 32)] for seed in (5, 5, 6))
+    assert drawn == same != others
     both = train.open_datasets(train.Recipe(pictures=600))
     assert [len(part) for part in both] == [450, 150]
-    assert len({seed for part in both for (_, seed), _ in part.samples}) == 600  # tested on other pictures
-    pictures, labels = zip(*(critters[i] for i in range(600)))
-    labels = torch.tensor(labels)
+    assert len({draw.args[1] for part in both for draw, _ in part}) == 600  # tested on other pictures
+    labels = torch.tensor([label for _, label in critters])
     assert labels.bincount(minlength=species).min() >= 600 // species
-    pictures = torch.from_numpy(np.stack([np.asarray(picture) // 64 for picture in pictures])).long()
+    pictures = torch.from_numpy(np.stack([np.asarray(draw()) // 64 for draw, _ in critters])).long()
     histograms = F.one_hot(pictures.flatten(1, 2) @ torch.tensor([16, 4, 1]), 64).float().mean(1)
     nearest = torch.cdist(histograms[300:], histograms[:300]).argmin(1)
     assert (labels[nearest] == labels[300:]).float().mean() < 1 / species + 0.08  # hardly better than chance
@@ -323,7 +323,6 @@ def load(data_dir="photos", dataset="folder", **settings):
     ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, 3, ""),  # links
     ("1.png a/2.JPG b/c/3.webp cache/4.png", [-1] * 4, 4, ""),
     ("1.png .2.png ._3.jpg .thumb/4.png @eaDir/5.png __MACOSX/6.png a/.Trash-1000/7.png", [-1], 1, ""),
-    ("1.png run/views.png run/ckpt.pt", [-1], 1, ""),  # what a run has drawn is no picture to learn from
     ("1.png 2.gif notes.txt .DS_Store", [-1], 1, "passed over 2 files"),
     ("train/a/1.png train/b/c/2.png train/3.png test/a/4.png test/b/5.png", [-1, 0, 0, 1, 1], 3, ""),
     ("train/a/1.png val/a/2.png test/a/3.png test/a/4.png", [0] * 4, 2, ""),
@@ -342,7 +341,7 @@ def test_what_counts_as_a_picture_and_what_as_a_class(capsys, files, labels, tra
         assert says in refused(train, "--dataset", dataset, "--data-dir", "all")
         return
     parts, said = train.open_datasets(train.Recipe(dataset=dataset, data_dir="all")), capsys.readouterr().out
-    assert sorted(label for part in parts for _, label in part.samples) == labels
+    assert sorted(label for part in parts for _, label in part) == labels
     assert {*parts[0].classes} <= {"a", "b", "n01"}
     assert sum(map(len, parts[:-1] or parts)) == training and says in said and bool(said) == bool(says)
 
@@ -375,6 +374,7 @@ def encoded(image, kind="PNG", **options):
 GREY = np.arange(0, 240, 10, np.uint8).reshape(4, 6)
 COLOUR = np.dstack([GREY, 255 - GREY, GREY.T.reshape(4, 6)])
 DEEP = GREY.astype(np.uint16) * 256 + 77  # 16 bits
+DEEP_32 = encoded(DEEP.astype(np.int32), "TIFF")
 CLEAR = np.tile([0, 0, 0, 255, 255, 255], (4, 1)).astype(np.uint8)  # alpha: one half is see-through
 ON_ITS_SIDE = Image.Exif()
 ON_ITS_SIDE[0x0112] = 6
@@ -391,7 +391,7 @@ BLACK_IS_0, WHITE_IS_0 = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1
     (encoded(COLOUR, "TIFF", exif=ON_ITS_SIDE), np.rot90(COLOUR, -1)),
     (encoded(DEEP, "TIFF", exif=ON_ITS_SIDE), np.rot90(GREY, -1)),
     (encoded(65535 - DEEP, "TIFF").replace(BLACK_IS_0, WHITE_IS_0), GREY),
-    (encoded(DEEP.astype(np.int32), "TIFF"), None), (encoded(DEEP.astype(np.float32), "TIFF"), None),
+    (DEEP_32, None), (encoded(DEEP.astype(np.float32), "TIFF"), None),
     (encoded(GREY, "TIFF", tiffinfo={339: 2}), None),  # signed, of 8 bits
     (encoded(COLOUR, "JPEG")[:400], None), (b"", None),
 ])
@@ -436,21 +436,21 @@ def test_a_build_that_breaks_off_leaves_nothing_and_another_folder_may_do(photos
     assert not list(photos.iterdir())
     assert load(cache_dir="other").sizes.tolist() == [[80, 40], [30, 90]] and len(os.listdir("other")) == 1
 
-def test_all_bad_files_are_listed_with_their_reasons_or_left_out_on_request(photos, capsys):
-    for i in range(6):
-        save_picture(f"photos/{i}.jpg", i)
-    Path("photos/3.jpg").write_bytes(Path("photos/3.jpg").read_bytes()[:700])
-    Path("photos/new\nline.jpg").write_text("not a picture")
-    Path("photos/scan.tif").write_bytes(encoded(DEEP.astype(np.int32), "TIFF"))
-    Path("photos/lost.png").symlink_to("nowhere.png")
-    with pytest.raises(InputError) as refusal:
+@pytest.mark.parametrize("name, content, reason", [
+    ("new\nline.jpg", b"not a picture", r"new\\nline.jpg: cannot identify"),
+    ("scan.tif", DEEP_32, "scan.tif: .*agreed scale"), ("lost.png", None, "lost.png: No such"),
+])
+def test_a_bad_file_is_refused_with_its_reason_or_left_out_on_request(photos, capsys, name, content, reason):
+    Path("photos", name).write_bytes(content) if content else Path("photos", name).symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=f"{reason}.*--skip-bad-images"):
         load()
-    for reason in ("3.jpg: [^;]*truncated", r"new\\nline.jpg: cannot", "scan.tif: [^;]*agreed scale",
-                   "lost.png: No such", "4 of 11", "--skip-bad-"):
-        assert re.search(reason, str(refusal.value)), reason
-    assert not list(photos.iterdir())  # some may be mended by the next time
-    assert (load(skip_bad_images=True).sizes[:, 0] > 0).sum() == 7
-    assert "left out 4 of 11 files, which" in capsys.readouterr().out
+    assert not list(photos.iterdir())  # it may be mended by the next time
+    assert load(skip_bad_images=True).sizes.tolist() == [[80, 40], [30, 90]]
+    assert re.search(f"left out photos/{reason}", capsys.readouterr().out)
+    Path("photos/a.png").write_bytes(b"")
+    Path("photos/b.png").unlink()
+    with pytest.raises(InputError, match="none of the files"):
+        load(skip_bad_images=True)
 
 # ---- Views -------------------------------------------------------------------------------------------------
 
@@ -593,7 +593,7 @@ def refused(program, *arguments):
 def kept(run):
     """What a checkpoint holds, but for times."""
     saved = load_checkpoint(f"{run}/ckpt.pt")
-    rows = [[*row.values()][:7] for row in saved["history"]]
+    rows = [{**row, "images_per_s": 0} for row in saved["history"]]
     return [rows, *(saved[name] for name in ("model", "optimizer", "scaler", "step", "sums"))]
 
 def test_schedules_at_their_corners_and_a_warm_up_of_40_epochs_or_of_a_short_runs_share():
@@ -657,7 +657,7 @@ def test_a_run_is_saved_on_the_clock_and_a_row_is_the_mean_of_its_steps_and_thei
     means = [np.mean(losses[start:end]) for start, end in itertools.pairwise([0, *ends])]
     assert rows["step"].tolist() == ends and np.allclose(rows["epoch"] * 5, ends)
     assert np.allclose(rows["loss"], means) and np.isfinite(rows.tolist()).all()
-    assert np.allclose(rows["seconds"], 63 + 7 * rows["step"]) and np.allclose(rows["images_per_s"], 8 / 7)
+    assert np.allclose(rows["images_per_s"], 8 / 7)
 
 @pytest.mark.parametrize("name, step", [("SIGINT", 9), ("SIGTERM", 9), ("SIGHUP", 9), ("SIGKILL", 5)])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, step):

@@ -5,11 +5,9 @@
     python train.py --dataset pets          the paper's recipe on Oxford-IIIT Pet
     python train.py --data-dir my/pictures
 
-Part 1 is the method: the settings of a run (`Recipe`), a step of training, schedules, views of pictures, the
-`Loader` that makes a batch, and `main`, which joins them. Part 2 is plumbing. Sizes (B, N, H): see scott.py.
-
-All that is random in step t is drawn from generators seeded with the run's seed and t (crops, colours, masks,
-dropout) or t's epoch (order of the pictures). So a run that was stopped goes on as if it had not been.
+Part 1 is the method, part 2 plumbing. Sizes (B, N, H): see scott.py. All that is random in step t is drawn
+from generators seeded with the run's seed and t (crops, colours, masks, dropout) or t's epoch (order of the
+pictures). So a run that was stopped goes on as if it had not been.
 """
 
 import argparse
@@ -23,7 +21,6 @@ import random
 import signal
 import sys
 import time
-import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +32,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 from torch.utils.data import ConcatDataset
 from torchvision import datasets
 from torchvision.transforms.v2.functional import rgb_to_grayscale
@@ -175,17 +172,14 @@ def crop_and_resize(pixels, crops, out):
 
 # ---- Views: colours. Images [B, 3, H, H] from 0 to 1, a factor [B, 1, 1, 1] for each -----------------------
 
-def blend(images, other, factor):
-    return torch.lerp(other, images, factor).clamp(0, 1)  # factor · images + (1 − factor) · other
-
 def brightness(images, factor):
     return (images * factor).clamp(0, 1)
 
 def contrast(images, factor):
-    return blend(images, rgb_to_grayscale(images).mean((2, 3), keepdim=True), factor)
+    return torch.lerp(rgb_to_grayscale(images).mean((2, 3), keepdim=True), images, factor).clamp(0, 1)
 
 def saturation(images, factor):
-    return blend(images, rgb_to_grayscale(images), factor)
+    return torch.lerp(rgb_to_grayscale(images), images, factor).clamp(0, 1)
 
 def hue(images, shift):
     """Turn the colour wheel by `shift` of a full turn: RGB to hue, chroma, value, and back."""
@@ -321,21 +315,19 @@ def main(argv=None, stop=None):
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     known = pictures.sizes[rows].numpy().tobytes() + pictures.labels[rows].numpy().tobytes()
-    ident = f"{len(rows)} pictures, {hashlib.sha256(known).hexdigest()[:16]}"  # to know them again
-    # sums: of loss and target_std since the last row of the history
-    step, seconds, history, sums = restore(saved, parts, ident)
-    sums, saved = sums.to(machine.device), None  # the checkpoint's memory is needed
+    known = f"{len(rows)} pictures, {hashlib.sha256(known).hexdigest()[:16]}"
+    step, history, sums = restore(saved, parts, known)
+    sums, saved = sums.to(machine.device), None  # of loss and target_std since the last row; to free memory
     if machine.compile:  # CUDA graphs: to launch hundreds of kernels takes longer than to run them
         model.compile(fullgraph=True, mode="reduce-overhead")
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}, "
-          f"{parameters:.1f} M parameters\nThe loss says little. target_std dips while the learning rate "
-          "climbs, then stays at 0.6 to 0.9; below 0.1 by then is a collapse.")
+    print(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}\nThe loss "
+          "says little. target_std dips while the learning rate climbs, then stays at 0.6 to 0.9; below 0.1 "
+          "by then is a collapse.")
 
     stop.heeded = True  # from here on a signal waits until its step is whole
     first, saved_at, row_at = step + 1, time.perf_counter(), step - (step % per_epoch) % ROW
-    started, lap = saved_at - seconds, (0, math.nan)  # lap: step and time that speed counts from
+    lap = 0, math.nan  # step and time that speed counts from
     pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
               mininterval=pause, maxinterval=pause) as bar:
@@ -349,24 +341,24 @@ def main(argv=None, stop=None):
             torch.manual_seed(generator_for(recipe.seed, 3, step).initial_seed())  # what dropout draws from
             pair = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
             sums += torch.stack(pair)  # on the device: to read a number is to wait for it
-            if bar.update(recipe.batch_size):  # when it is drawn, a few times a second at most
+            if bar.update(size):  # when it is drawn, a few times a second at most
                 bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *pair))
             epoch, rest = divmod(step, per_epoch)
-            end = stop.signal or step == last_step
-            if rest % ROW and not end and time.perf_counter() - saved_at < 60:
-                continue
-            means, now = (sums / (step - row_at)).tolist(), time.perf_counter()  # here we wait for the device
-            speed = (step - lap[0]) * recipe.batch_size / (now - lap[1])  # images per second
-            rows_now = [*history, summary(step, per_epoch, means, schedule, speed, now - started)]
-            lap = (step, time.perf_counter()) if step > first + 2 else lap
-            if rest % ROW == 0:  # else it is a part of a row, which a resumed run makes whole
-                history, row_at = rows_now, step
-                sums.zero_()
             keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
-            if end or keep or now - saved_at > 60:
-                files = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
-                save(out, files, parts, rows_now, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
-                     seconds=now - started, history=history, sums=sums, pictures=ident)
+            end = stop.signal or step == last_step
+            due = end or keep or time.perf_counter() - saved_at > 60
+            if rest % ROW == 0 or due:
+                means, now = (sums / (step - row_at)).tolist(), time.perf_counter()  # we wait for the device
+                row = summary(step, per_epoch, means, schedule, (step - lap[0]) * size / (now - lap[1]))
+                history = [row for row in history if row["step"] <= row_at] + [row]  # drop a part of this one
+                lap = step, time.perf_counter()
+            if rest % ROW == 0:
+                row_at = step
+                sums.zero_()
+            if due:
+                names = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
+                save(out, names, parts, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
+                     history=history, sums=sums, pictures=known)
                 saved_at = time.perf_counter()
             if end:
                 break
@@ -387,11 +379,9 @@ def generator_for(*key):
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
 
-# A species is a plan of six parts, drawn at random, seeded with its name. Add your name, and see yourself.
-# Colours, place, size and pose come from the picture's seed, whatever the species, so no colour tells species
-# apart. But each of three colours dresses two parts, and which two belongs to the species: who recognises it
-# by what is in sight knows that hidden legs have, say, the colour of the ears. That is what predicting hidden
-# places should teach: to predict one part from another.
+# A species is a plan of six parts, drawn at random from its name: add yours, and see yourself. Each of three
+# colours dresses two parts, and which two belongs to the species. All else comes from the picture's seed. So
+# who recognises a species by what is in sight knows, say, that its hidden legs are coloured like the ears.
 
 SPECIES = "tigrot mousen puffit foxel cyclox zebbit moodle bumbear dashel wuffle".split()
 COLOURS = "black gray brown red orange gold olive green turquoise skyblue blue purple violet pink".split()
@@ -427,22 +417,21 @@ def draw_critter(species, seed, side=64):
     zoom, flip, tilt = rng.uniform(1, 1.3), rng.choice((-1, 1)), rng.uniform(-14, 14)
     place_x, place_y = rng.uniform(108, 148), rng.uniform(124, 148)
     canvas = Image.new("RGB", (256, 256), background)  # large, then shrunk, which smooths the edges
-    pen = ImageDraw.Draw(canvas)
     for part in plan(SPECIES[species]):
         pose_x, pose_y = rng.uniform(-6, 6), rng.uniform(-6, 6)
         for x, y, rx, ry, colour in part:
             x, y = place_x + zoom * flip * (x + pose_x), place_y + zoom * (y + pose_y)
             oval = x - zoom * rx, y - zoom * ry, x + zoom * rx, y + zoom * ry
-            pen.ellipse(oval, fill=colours[colour])
+            ImageDraw.Draw(canvas).ellipse(oval, colours[colour])
     return canvas.rotate(tilt, fillcolor=background).resize((side, side), Image.Resampling.BOX)
 
 def critters(count, seed, side):
     """A data set of `count` critters, side × side px, the species in turn."""
     rng = random.Random(seed)
-    drawn = [(i % len(SPECIES), rng.getrandbits(32)) for i in range(count)]
-    return Pairs([(one, one[0]) for one in drawn], SPECIES, lambda one: draw_critter(*one, side))
+    labels = [i % len(SPECIES) for i in range(count)]
+    return Pairs((partial(draw_critter, label, rng.getrandbits(32), side), label) for label in labels)
 
-# ---- Data sets: pictures[i] → (picture, label) -------------------------------------------------------------
+# ---- Data sets: pictures[i] → (picture or a function that makes it, label) ---------------------------------
 
 LIBRARY = {  # class(root, split, download=True), its splits, the last for testing, how many pictures it has
     "imagenette": (partial(datasets.Imagenette, size="160px"), ("train", "val"), 13_394),
@@ -465,85 +454,69 @@ def open_datasets(recipe):
         parts = [kind(root, split, download=True) for split in splits]
     except Exception as error:  # no network, no room, a broken archive or list: whatever it leads to
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        text = "Mend that, delete what is there of it, and start again"
-        raise InputError(f"cannot get {name} into {root} ({reason}). {text}") from None
+        raise InputError(f"cannot get {name} into {root} ({reason}): delete what is there of it, try again")
     if (found := sum(map(len, parts))) != count:
         print(f"warning: of the {count:,} pictures of {name}, {root} has {found:,}")
     return parts
 
-@dataclass
-class Pairs:
-    """A data set as a list of (path or what else `read` makes a picture of, label or −1)."""
+class Pairs(list):
+    """A data set as a list of (a function that makes the picture; its label, or −1)."""
 
-    samples: list
-    classes: list  # their names
-    read: callable
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        source, label = self.samples[i]
-        return self.read(source), label
+    classes = ()  # names of the labels
 
 def find_files(folder, seen=None):
-    """Yield the files below a folder, in the same order on every system, but no hidden ones, and not what a
-    run has drawn beside its ckpt.pt. Links are followed, but what was `seen` is not taken twice."""
+    """Yield the files below a folder, in the same order on every system, but none that belong to programs.
+    Links are followed, but what was `seen` is not taken twice."""
     seen = seen or {os.path.realpath(folder)}
-    paths = sorted(folder.iterdir(), key=lambda path: path.name)
-    for path in () if folder / "ckpt.pt" in paths else paths:
-        hidden = path.name[0] in ".@" or path.name == "__MACOSX"  # these belong to programs
-        if hidden or (real := os.path.realpath(path)) in seen:
-            continue
-        seen.add(real)
-        yield from find_files(path, seen) if path.is_dir() else [path]
-
-def is_picture(path):
-    return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
+    for path in sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else ():
+        real, hidden = os.path.realpath(path), path.name[0] in ".@" or path.name == "__MACOSX"
+        if not hidden and real not in seen and path.suffix != STORE:
+            seen.add(real)
+            yield from find_files(path, seen) if path.is_dir() else [path]
 
 def open_split(folder):
     """The pictures below a folder. Each folder in it is a class; what lies beside these has none."""
-    paths = [*filter(is_picture, find_files(folder))] if folder.is_dir() else []
+    paths = [path for path in find_files(folder) if datasets.folder.is_image_file(path.name)]
     parts = [path.relative_to(folder).parts for path in paths]
     classes = sorted({first for first, *rest in parts if rest})
     labels = [classes.index(first) if rest else -1 for first, *rest in parts]
-    return Pairs([*zip(paths, labels)], classes, open_picture)
+    pairs = Pairs((partial(open_picture, path), label) for path, label in zip(paths, labels))
+    pairs.classes = classes
+    return pairs
 
 def open_folder(root, splits):
     """[train/<class>/…, val/<class>/… or test/<class>/…], or all pictures in one, without labels."""
-    files = [path for path in find_files(root) if path.suffix != STORE] if root.is_dir() else []
-    found = [*filter(is_picture, files)]
-    if not found:
+    everything = Pairs((read, -1) for read, label in open_split(root))
+    if not everything:
         endings = " ".join(datasets.folder.IMG_EXTENSIONS)
         raise InputError(f"no folder {root}, or no pictures in it ({endings}): see --data-dir")
     train, *rest = (open_split(root / split) for split in splits)
-    parts = [train, *filter(len, rest)]
+    parts = [train, *filter(None, rest)]
     if len(parts) == 1 or not train.classes:
         if "test" not in splits:
             raise InputError(f"{root} has no labels. {LAYOUT}")
-        parts = [Pairs([(path, -1) for path in found], [], open_picture)]
+        parts = [everything]
     if any(part.classes != parts[0].classes for part in parts):
         raise InputError(f"{', '.join(splits)} in {root} need pictures in the same folders, one per class")
-    if (passed := len(files) - sum(map(len, parts))) > 0:
+    if (passed := len([*find_files(root)]) - sum(map(len, parts))) > 0:
         print(f"passed over {passed} files outside {', '.join(splits)}, or of other types")
     return parts
 
 def choose_rows(pictures, recipe):
     """Which of the pictures to pretrain on: long [n]."""
-    rows, held_out = torch.arange(len(pictures.labels)).tensor_split([pictures.train])
-    if recipe.pretrain_split == "all":
-        rows = torch.cat([rows, held_out])
-    else:
-        recipe.require("pretrain_split", len(held_out) > 0, f"all: there is no split to leave out. {LAYOUT}")
+    rows = torch.arange(len(pictures.labels))
+    if recipe.pretrain_split == "train":
+        some = pictures.train < len(rows)
+        recipe.require("pretrain_split", some, f"all: there is no split to leave out. {LAYOUT}")
+        rows = rows[: pictures.train]
     if recipe.dataset != "critters" and recipe.pictures:
         recipe.require("pictures", recipe.pictures <= len(rows), f"at most {len(rows)}")
         rows = rows[torch.randperm(len(rows), generator=generator_for(recipe.seed, 2))[: recipe.pictures]]
-    return rows[pictures.sizes[rows, 0] > 0]
+    return rows
 
 # ---- Reading a picture -------------------------------------------------------------------------------------
 
 Image.MAX_IMAGE_PIXELS = 10**9  # the pictures are the user's own: a large one is no attack
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # nor is a long comment or profile
 TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader scrambles some planar and subsampled TIFFs
 
 def open_picture(path):
@@ -552,10 +525,7 @@ def open_picture(path):
     try:
         # Opened by name, Pillow would map a file into memory, and scramble TIFFs that lie on their side.
         with open(path, "rb") as file, Image.open(file) as image:
-            depth = image.tile[0].args if image.format == "PNG" and image.tile else None
             image.load()
-            if depth in ("L;2", "L;4", "RGB;16B") and "transparency" in image.info:  # which Pillow misreads
-                raise ValueError("a transparent colour of 2, 4 or 48 bits: convert it to 8 bits a channel")
             with suppress(Exception):  # where the rest of the EXIF block is broken, it is of no interest
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
@@ -566,108 +536,96 @@ def open_picture(path):
 def to_rgb(image):
     """8 bits for each colour. ValueError if the numbers have no agreed scale."""
     tags = getattr(image, "tag_v2", {})  # a TIFF's: 258 is the number of bits, 262 what is zero, 339 the kind
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    signed = any(kind != 1 for kind in tags.get(339, ()))  # or float
-    packed = deep and tags.get(258, (16,)) != (16,)
-    if signed or packed or (image.mode in ("I", "F") and not deep):
-        raise ValueError("signed, packed, 32-bit and float numbers have no agreed scale: convert it")
+    deep = image.mode.startswith("I;16")  # unsigned grey of 16 bits, in Pillow's words
+    packed, signed = deep and tags.get(258, (16,)) != (16,), any(kind != 1 for kind in tags.get(339, ()))
+    if packed or signed or image.mode in ("I", "F", "LAB"):
+        raise ValueError("signed, packed, 32-bit and float numbers and Lab have no agreed scale: convert it")
     if deep:
         values = np.asarray(image)
         values = np.where(values == image.info.get("transparency"), 65535, values)  # white where transparent
         values = (values >> 8).astype(np.uint8)
         image = Image.fromarray(255 - values if tags.get(262) == 0 else values)
-    image = image.convert("LA") if image.mode == "La" else image  # Pillow knows no other way from there
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 # ---- One file of decoded pictures --------------------------------------------------------------------------
 
 # Decoding a JPEG costs more than a GPU's step on it, so it happens once. Each picture is squeezed to a
 # square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
 
-STORE = ".pictures"  # the file's ending
+STORE = ".pictures"  # the file's ending. It begins with a stamp, then comes a record for each picture
 Pictures = namedtuple("Pictures", "pixels sizes labels train")
 
 def cache_folder(recipe):
     return Path(recipe.cache_dir or os.path.join(recipe.data_dir, "cache")).expanduser()
 
 def load_pictures(recipe, folder, device):
-    """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height, or 0 if
-    left out; labels long [n], −1 for none; train: so many, the first, are the training split. A GPU holds the
-    pixels if a third of its free memory takes them; else they lie in a file in `folder`. InputError lists
-    files that cannot be read, unless recipe.skip_bad_images leaves them out."""
+    """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height; labels
+    long [n], −1 for none; train: so many, the first, are the training split. A GPU holds the pixels if a
+    third of its free memory takes them; else they lie in a file in `folder`. InputError lists files that
+    cannot be read, unless recipe.skip_bad_images leaves them out."""
     parts, side = open_datasets(recipe), recipe.cache_side
-    pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
-    record = np.dtype([("label", "i8"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
+    record = np.dtype([("label", "i8"), ("test", "?"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
+    decode_them = partial(decode_all, parts, record, recipe.skip_bad_images)
     if recipe.dataset == "critters":  # drawn in seconds: nothing to keep
         file = io.BytesIO()
-        decode_all(pictures, record, file)
+        decode_them(b"", file)
         records = np.frombuffer(file.getbuffer(), record)
     else:
         name = Path(recipe.data_dir).expanduser().resolve().name  # pictures of several may share a folder
-        path = folder / f"{recipe.dataset}-{name}-{side}-{fingerprint(parts)}{STORE}"
-        records = open_store(path, record, pictures)
-        bad = np.flatnonzero(records["size"][:, 0] == 0).tolist()
-        text = f"{len(bad)} of {len(pictures)} files, which cannot be used: "
-        text += "; ".join(why_not(pictures, i) for i in bad[:40])
-        if bad and (not recipe.skip_bad_images or len(bad) == len(pictures)):
-            records = None  # Windows removes no file that is mapped
-            path.unlink()  # some may be mended by the next time
-            raise InputError(f"{text}. Mend or remove them, or leave them out by --skip-bad-images")
-        if bad:
-            print(f"left out {text}")
+        path, stamp = folder / f"{recipe.dataset}-{name}-{side}{STORE}", make_stamp(parts, recipe)
+        records = open_store(path, stamp, record)
+        if records is None:
+            print(f"decoding {sum(map(len, parts)):,} pictures once, to a file in {folder}")
+            advice = "free some room, lower --cache-side, or name another --cache-dir"
+            write_file(path, partial(decode_them, stamp), advice)
+            records = open_store(path, stamp, record)
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
-    with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
-        pixels = torch.from_numpy(records["pixels"])
+    pixels = torch.from_numpy(records["pixels"])
     if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 3:
         pixels = torch.cat([part.to(device) for part in pixels.split(256)])
-    return Pictures(pixels, sizes, labels, train)
+    return Pictures(pixels, sizes, labels, int((~records["test"]).sum()))
 
-def fingerprint(parts):
-    """A digest that changes when a file of one's own does, or its class, or another comes in its place."""
-    stamps = [len(part) for part in parts]
-    own = [part.samples for part in parts if getattr(part, "read", None) is open_picture]
-    for path, label in sum(own, []):
-        info = os.stat(path) if path.exists() else None
-        stamps.append((path.name, label, info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns)))
-    return hashlib.sha256(ascii(stamps).encode()).hexdigest()[:16]
+def make_stamp(parts, recipe):
+    """64 bytes that change when a file of one's own does, or its class, or another comes in its place."""
+    known = [recipe.skip_bad_images, *map(len, parts)]
+    for read, label in sum((part for part in parts if isinstance(part, Pairs)), []):
+        [path] = read.args
+        info = path.stat() if path.exists() else None
+        known.append((path.name, label, info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns)))
+    return hashlib.sha256(ascii(known).encode()).hexdigest().encode()
 
-def decode(pictures, record, i):
-    """The record of a picture, as bytes. Its size stays 0 × 0 if it cannot be read."""
-    row = np.zeros((), record)
-    with suppress(Exception):  # whatever a damaged file leads to
-        picture, row["label"] = pictures[i]
-        small = picture.resize(row["pixels"].shape[1:], Image.Resampling.BICUBIC)
-        row["pixels"], row["size"] = np.asarray(small).transpose(2, 0, 1), picture.size
-    return row.tobytes()
+def open_store(path, stamp, record):
+    """The records of a file with this stamp, mapped into memory. None if there is none, or a part of it."""
+    with suppress(FileNotFoundError, ValueError):  # numpy's, if it is cut off
+        if np.memmap(path, "S64", "r", shape=1)[0] == stamp:
+            return np.memmap(path, record, "r+", offset=64)  # nobody writes, but torch knows no "r"
 
-def why_not(pictures, i):
-    try:
-        pictures[i]
-        return "it can be read now: delete the cache"
-    except Exception as error:
-        return ascii(str(error) or type(error).__name__)[1:-1]  # a name may hold anything
-
-def decode_all(pictures, record, file):
-    """Write every record to a file. Threads decode, ahead of the writer by no more than 256 pictures."""
+def decode_all(parts, record, skip, stamp, file):
+    """Write the stamp and all records. Threads decode, ahead of the writer by no more than 256 pictures."""
+    pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    file.write(stamp)
     with ThreadPoolExecutor(min(16, cores or 1)) as pool:  # Pillow works outside Python's lock
         for part in tqdm(torch.arange(len(pictures)).split(256), "decoding", leave=False, disable=None):
-            file.writelines(pool.map(partial(decode, pictures, record), part.tolist()))
+            file.writelines(pool.map(partial(decode, pictures, record, train, skip), part.tolist()))
+    if file.tell() == len(stamp):
+        raise InputError("none of the files can be read as a picture")
 
-def open_store(path, record, pictures):
-    """The records, mapped into memory. If the file is not there and whole, it is made first."""
-    size = record.itemsize * len(pictures)
-    if not path.exists() or path.stat().st_size != size:
-        print(f"decoding {len(pictures):,} pictures once, to {size / 1e9:.2f} GB in {path.parent}")
-        advice = "free some room, lower --cache-side, or name another --cache-dir"
-        write_file(path, partial(decode_all, pictures, record), advice)
-        for old in {*path.parent.glob(path.name.replace(path.stem[-16:], "?" * 16))} - {path}:
-            with suppress(OSError):  # on Windows another run may have it open
-                old.unlink()  # of files that have changed since
-    return np.memmap(path, record, "r")
+def decode(pictures, record, train, skip, i):
+    """The record of a picture, as bytes; none if it cannot be read and such are to be left out."""
+    try:
+        picture, label = pictures[i]
+        picture = picture() if callable(picture) else picture
+        pixels = picture.resize(record["pixels"].shape[1:], Image.Resampling.BICUBIC)
+        row = label, i >= train, picture.size, np.asarray(pixels).transpose(2, 0, 1)
+        return np.array(row, record).tobytes()
+    except Exception as error:  # whatever a damaged file leads to
+        reason = ascii(str(error) or type(error).__name__)[1:-1]  # a name may hold anything
+        if not skip:
+            raise InputError(f"{reason}: mend it, or leave such files out by --skip-bad-images") from None
+        tqdm.write(f"left out {reason}")
+        return b""
 
 # ---- What a run leaves: checkpoints and records ------------------------------------------------------------
 
@@ -688,10 +646,9 @@ def write_file(path, write, advice="make room, or make it writable; train.py goe
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): {advice}") from None
     finally:
-        with suppress(OSError):
-            building.unlink()
+        building.unlink(missing_ok=True)
 
-def summary(step, per_epoch, means, schedule, speed, seconds):
+def summary(step, per_epoch, means, schedule, speed):
     """A row of metrics.csv: of the steps since the last one."""
     loss, deviation = means
     if not math.isfinite(loss):
@@ -701,32 +658,32 @@ def summary(step, per_epoch, means, schedule, speed, seconds):
                    "with --momentum nearer to 1, or a lower --lr")
     lr, weight_decay, momentum = schedule
     return dict(epoch=step / per_epoch, step=step, loss=loss, learning_rate=lr, weight_decay=weight_decay,
-                momentum=momentum, target_std=deviation, images_per_s=speed, seconds=seconds)
+                momentum=momentum, target_std=deviation, images_per_s=speed)
 
-def save(out, names, parts, rows, **state):
+def save(out, names, parts, history, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
-    state |= {name: part.state_dict() for name, part in parts.items()} | {"format": FORMAT}
+    state |= {name: part.state_dict() for name, part in parts.items()} | dict(format=FORMAT, history=history)
     content = io.BytesIO()
     torch.save(state, content)  # into memory: then only the disk can fail
     for name in names:
         write_file(out / name, lambda file: file.write(content.getbuffer()))
-    how = dict(fmt="%.9g", delimiter=",", header=",".join(rows[0]), comments="")
+    table = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
     try:
-        write_file(out / "metrics.csv", partial(np.savetxt, X=[[*row.values()] for row in rows], **how))
+        write_file(out / "metrics.csv", lambda file: file.write("\n".join(table).encode()))
     except InputError as error:  # a spreadsheet has it open, say: no reason to stop
         tqdm.write(f"warning: {error}")
 
-def restore(saved, parts, pictures):
-    """Put all that changes in training back to where `save` found it.  → step, seconds, history, sums"""
+def restore(saved, parts, known):
+    """Put all that changes in training back to where `save` found it.  → step, history, sums"""
     if saved is None:
-        return 0, 0.0, [], torch.zeros(2)
-    if saved["pictures"] != pictures:
-        text = f"the run had other pictures ({saved['pictures']}, now {pictures})"
+        return 0, [], torch.zeros(2)
+    if saved["pictures"] != known:
+        text = f"the run had other pictures ({saved['pictures']}, now {known})"
         raise InputError(f"{text}: put them back, or begin anew in another --out")
     for name, part in parts.items():
         if name != "scaler" or saved[name]:  # bf16 and fp32 leave none: fp16 then begins its own
             part.load_state_dict(saved[name])
-    return [saved[name] for name in ("step", "seconds", "history", "sums")]
+    return saved["step"], saved["history"], saved["sums"]
 
 # ---- Command line and machine ------------------------------------------------------------------------------
 
@@ -779,11 +736,11 @@ def open_run(args, given):
     out = Path(args.out or f"runs/{default_recipe(given).dataset}").expanduser()
     if out.exists() and not args.resume:
         raise InputError(f"{out} is there: --resume goes on with its run, another --out begins a new one")
-    kept = [*sorted(out.glob("ckpt-*.pt")), *out.glob("ckpt.pt")]  # the last is the newest
-    saved = load_checkpoint(kept[-1]) if kept else None
-    recipe = Recipe(**saved["recipe"]) if kept else default_recipe(given)
-    if args.resume:
-        print(f"going on from {kept[-1]}" if kept else f"no checkpoint in {out} yet: starting anew")
+    if not (out / "ckpt.pt").exists():
+        print(f"a new run, in {out}")
+        return default_recipe(given), out, None
+    saved = load_checkpoint(out / "ckpt.pt")
+    recipe = Recipe(**saved["recipe"])
     for name, value in given.items():
         may_change = name in PLACES and recipe.dataset != "critters"
         if value != getattr(recipe, name) and not may_change:
@@ -798,9 +755,8 @@ def choose_machine(args):
     try:
         device = torch.device(args.device or next(filter(there.get, there)))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot use {args.device} ({reason}): leave --device out for the best") from None
+    except Exception as error:  # each kind of device has its own
+        raise InputError(f"cannot use {args.device} ({error}): leave --device out for the best") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     precision, compile = "fp32", False
     if device.type == "cuda":
@@ -812,15 +768,14 @@ def choose_machine(args):
         if any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):  # in hardware
             precision = "bf16"
         with suppress(AttributeError, TypeError):  # glibc has it. Freed memory is kept: to get it anew from
-            mallopt = ctypes.CDLL(None).mallopt  # the system costs 5 % of a step, and a third of the views.
+            mallopt = ctypes.CDLL(None).mallopt  # the system costs 8 to 13 % of a step.
             mallopt(-4, 0)  # M_MMAP_MAX: no block lives outside the heap
             mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
     precision = args.precision or precision
     compile = compile if args.compile is None else args.compile
     print(f"{device}, {precision}, {'compiled' if compile else 'not compiled'}")
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
-    return Machine(device, dtype, compile, autocast)
+    dtype = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    return Machine(device, dtype, compile, partial(torch.autocast, device.type, dtype, enabled=bool(dtype)))
 
 def run(program):
     """Start a main as a process. What a user can put right is one line, a bug a traceback. Ctrl-C, SIGTERM
@@ -835,8 +790,6 @@ def run(program):
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has two of them
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's
             signal.signal(getattr(signal, name), hear)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such thing
-        sys.stdout.reconfigure(errors="backslashreplace")  # some terminals know few letters
     try:
         raise SystemExit(program(stop=stop))
     except KeyboardInterrupt:
