@@ -8,9 +8,9 @@
 Two probes look at one averaged vector per picture: k nearest neighbours, and a linear classifier. Three
 attentive probes look at all tokens and learn which of them matter: simple, multi-head and cross.
 
-Every row of the table stands there twice, for the trained encoder and for the same encoder before training:
-random convolutions are surprisingly good features, and what pretraining taught is the difference. Nothing is
-chosen on the test split: epochs are fixed, the last one counts, and every probe is shown.
+Each probe reads the trained encoder, and the same one untrained: random convolutions are surprisingly good
+features, and what pretraining taught is the difference. Nothing is chosen on the test split: epochs are
+fixed, the last one counts, and every probe is shown.
 """
 
 import glob
@@ -217,9 +217,9 @@ def train_on_labels(features, names, data, epochs, warmup, seed, peak_lr=5e-4):
 
 def evaluate(features, data, epochs, seed):
     """All probes of one frozen encoder: {probe: (top-1, top-5, mean per class)} in percent; and the averaged
-    features [n, D] of training and test pictures."""
-    train, test = (features.of(rows, "features", lambda x: x.mean(1)) for rows in (data.train, data.test))
-    train, test = train.cpu(), test.cpu()  # in full precision, and the same figures everywhere
+    features [n, D] of training and test pictures, on the CPU, which gives the same figures everywhere."""
+    both = data.train, data.test
+    train, test = (features.of(rows, "features", lambda tokens: tokens.mean(1)).cpu() for rows in both)
     labels, truth = data.labels[data.train], data.labels[data.test]
     votes = knn(train, labels, test, data.classes)
     results = {"k-NN": accuracies(votes.log(), truth),  # a class without votes is not even the fifth guess
@@ -314,13 +314,12 @@ def draw_components(path, loader, features, images):
     rows = {"picture": images}
     for name, encode in features.items():
         tokens = encode(loader.normalise(images)).cpu()  # [B, N, D]
-        flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)
-        axes = torch.linalg.svd(flat.double(), full_matrices=False)[2][:3].float()
-        colours = (flat @ axes.T).unflatten(0, tokens.shape[:2])  # [B, N, 3]
-        low, high = colours.amin((0, 1)), colours.amax((0, 1))
-        grid = math.isqrt(tokens.shape[1])
-        shades = ((colours - low) / (high - low)).mT  # [B, 3, N]
-        rows[f"tokens of the\n{name} encoder"] = shades.unflatten(2, (grid, grid))
+        centred = tokens - tokens.mean((0, 1))
+        axes = torch.linalg.svd(centred.flatten(0, 1).double(), full_matrices=False)[2][:3].float()
+        colours = centred @ axes.T  # [B, N, 3]
+        colours = colours - colours.amin((0, 1))
+        shades = (colours / colours.amax((0, 1))).mT  # [B, 3, N]
+        rows[f"tokens of the\n{name} encoder"] = shades.unflatten(2, [loader.recipe.grid] * 2)
     save_grid(path, [""] * len(images), rows)
 
 def draw_neighbours(path, loader, data, averages):
@@ -330,18 +329,16 @@ def draw_neighbours(path, loader, data, averages):
     for i in torch.linspace(0, len(data.test) - 1, 2).long().tolist():
         for name, (train, test) in averages.items():
             likeness = F.normalize(train, dim=1) @ F.normalize(test[i], dim=0)
-            nearest = data.train[likeness.topk(min(5, len(train))).indices]
-            shown = torch.cat([data.test[i, None], nearest])
+            shown = torch.cat([data.test[i, None], data.train[likeness.topk(min(5, len(train))).indices]])
             rows[f"{name}\nencoder{' ' * len(rows)}"] = central_views(loader, shown)
-            right = data.labels[nearest] == data.labels[data.test[i]]
+            right = data.labels[shown[1:]] == data.labels[shown[0]]
             notes.append([""] + ["right" if same else "WRONG" for same in right])
     save_grid(path, ["test picture", "nearest", "second", "third", "fourth", "fifth"], rows, notes)
 
 @torch.no_grad()
 def draw_leak(path, tokenizer, loader, image, visible):
-    """How a hole fills: image [1, 3, H, H], visible [1, N], and where each layer of the tokenizer is active,
-    masked again after every layer and masked once. Grey: seen, the darker the more active; orange: made up,
-    in a hidden place, with the share of hidden places where that is so."""
+    """Where each layer of the tokenizer is active, masked again after every layer and masked once: grey where
+    it was seen, the darker the more; orange where it is made up. image [1, 3, H, H], visible bool [1, N]"""
     side, grid = image.shape[-1], math.isqrt(visible.shape[1])
     cells, seen = visible.view(1, 1, grid, grid), enlarged(visible, side)
     rim = F.max_pool2d(seen.float(), 3, 1, 1).bool() & ~seen  # of the hole, which is outlined
@@ -378,7 +375,6 @@ def read_arguments(argv):
     return parser.read(argv)
 
 def print_table(results):
-    """A line for each probe and encoder."""
     print(f"\n{'probe':12}{'encoder':14}{'top-1':>11}{'top-5':>11}{'per class':>11}   (%, test split)")
     for probe in ("k-NN", "linear", *PROBES):
         for encoder, figures in results.items():
@@ -440,8 +436,8 @@ def probe_checkpoint(path, args, given, machine):
     if not args.no_pca:
         draw_run(place, saved, loader, features)
     data = split_data(pictures, source, machine, args.labels)
-    counts = f"{len(data.train):,} training and {len(data.test):,} test pictures of {data.classes} classes"
-    print(f"{source.dataset}: {counts}; {args.encoder} encoder of {path} at step {saved['step']:,}")
+    print(f"{source.dataset}: {len(data.train):,} training and {len(data.test):,} test pictures of "
+          f"{data.classes} classes; {args.encoder} encoder of {path} at step {saved['step']:,}")
     for name, encode in features.items():
         results[name], *averages[name] = evaluate(encode, data, epochs, recipe.seed)
     if not args.no_pca:

@@ -54,7 +54,7 @@ class Recipe(Config):
     cache_side: int = 320  # pixels: a decoded picture is kept squeezed to a square of this side
     skip_bad_images: bool = False  # leave out files that cannot be read, instead of stopping
     pretrain_split: str = "all"  # "all": the test pictures too (never their labels), as the paper; or "train"
-    pictures: int = 0  # how many to pretrain on, chosen at random; 0: all. Of critters: how many to draw
+    pictures: int = 0  # how many critters to draw
     epochs: int = 300  # how often each picture is seen
     batch_size: int = 64  # pictures in a step
     lr: float = 5e-4  # the learning rate's peak
@@ -66,7 +66,7 @@ class Recipe(Config):
         super().__post_init__()
         self.between(1, 10**9, "epochs", "probe_epochs")
         self.between(2, 10**9, "batch_size")
-        self.between(20 if self.dataset == "critters" else 0, 10**7, "pictures")
+        self.between(*((20, 10**7) if self.dataset == "critters" else (0, 0)), "pictures")
         self.between(16, 8192, "cache_side")
         self.between(1e-5, 1e3, "lr")
         self.between(0, 1, "momentum")
@@ -230,15 +230,14 @@ def draw_colours(count, generator):
 
 def apply_colours(images, order, factors, functions):
     """Apply each operation to each image, by its own factor, in the order drawn; on a CPU in place."""
-    if images.device.type != "cpu":  # a GPU is fastest with all at once
-        for number in sum(order, []):
-            images = functions[number](images, factors[:, number].view(-1, 1, 1, 1))
-        return images
-    for numbers in order:  # a CPU with those that change, few enough to fit its cache
-        changed = (factors[:, numbers] != NEUTRAL[numbers]).any(1).nonzero().squeeze(1)
-        for part in changed.split(8) if len(changed) else ():
-            for number in numbers:
-                images[part] = functions[number](images[part], factors[part, number].view(-1, 1, 1, 1))
+    for numbers in order:  # a CPU is fastest with the images that change, a GPU with all at once
+        changed = slice(None)
+        if images.device.type == "cpu":
+            changed = (factors[:, numbers] != NEUTRAL[numbers]).any(1)
+        part = images[changed]
+        for number in numbers:
+            part = functions[number](part, factors[changed, number].view(-1, 1, 1, 1))
+        images = part if len(part) == len(images) else images.index_put_((changed,), part)
     return images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which everyone uses
@@ -293,11 +292,11 @@ class Loader:
         return (tensor.pin_memory() if pin else tensor).to(self.device, non_blocking=pin)
 
 # ---- The program -------------------------------------------------------------------------------------------
-ROW = 50  # steps, at most, of a row of the history: an epoch has one at its end, and after each 50 steps
+ROW = 50  # steps, at most, of a row of metrics.csv: an epoch has one at its end, and after each 50 steps
+COLUMNS = "epoch step loss learning_rate weight_decay momentum target_std images_per_s".split()
 
 def main(argv=None, stop=None):
-    """Train as the command line says. Returns the exit status: 0, or 128 + the signal that ended the run,
-    which `run` notes in `stop`."""
+    """Train as the command line says.  → exit status: 0, or 128 + the signal that `run` noted in `stop`"""
     (args, given), stop = read_arguments(argv), stop or SimpleNamespace(signal=0)
     recipe, out, saved = open_run(args, given)
     machine = choose_machine(args)
@@ -348,10 +347,13 @@ def main(argv=None, stop=None):
             end = stop.signal or step == last_step
             due = end or keep or time.perf_counter() - saved_at > 60
             if rest % ROW == 0 or due:
-                means, now = (sums / (step - row_at)).tolist(), time.perf_counter()  # we wait for the device
-                row = summary(step, per_epoch, means, schedule, (step - lap[0]) * size / (now - lap[1]))
-                history = [row for row in history if row["step"] <= row_at] + [row]  # drop a part of this one
+                loss, deviation = (sums / (step - row_at)).tolist()  # here we wait for the device
+                if not math.isfinite(loss):
+                    raise InputError(f"at step {step:,} the loss is {loss}: lower --lr, or --precision fp32")
+                speed = (step - lap[0]) * size / (time.perf_counter() - lap[1])
                 lap = step, time.perf_counter()
+                row = dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed)))
+                history = [row for row in history if row["step"] <= row_at] + [row]  # drop a part of this one
             if rest % ROW == 0:
                 row_at = step
                 sums.zero_()
@@ -373,8 +375,8 @@ def main(argv=None, stop=None):
 
 def generator_for(*key):
     """A torch.Generator for a key of whole numbers: the same key, the same draws. Keys: (seed, 0, epoch)
-    order of pictures; (seed, 1, step) crops, colours, masks; (seed, 2) which pictures; (seed, 3, step)
-    dropout; in eval.py (seed, 4) labels, (seed, 10) examples."""
+    order of pictures; (seed, 1, step) crops, colours, masks; (seed, 3, step) dropout; in eval.py (seed, 4)
+    labels, (seed, 10) examples."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
@@ -509,9 +511,6 @@ def choose_rows(pictures, recipe):
         some = pictures.train < len(rows)
         recipe.require("pretrain_split", some, f"all: there is no split to leave out. {LAYOUT}")
         rows = rows[: pictures.train]
-    if recipe.dataset != "critters" and recipe.pictures:
-        recipe.require("pictures", recipe.pictures <= len(rows), f"at most {len(rows)}")
-        rows = rows[torch.randperm(len(rows), generator=generator_for(recipe.seed, 2))[: recipe.pictures]]
     return rows
 
 # ---- Reading a picture -------------------------------------------------------------------------------------
@@ -647,18 +646,6 @@ def write_file(path, write, advice="make room, or make it writable; train.py goe
         raise InputError(f"cannot write {path} ({error.strerror}): {advice}") from None
     finally:
         building.unlink(missing_ok=True)
-
-def summary(step, per_epoch, means, schedule, speed):
-    """A row of metrics.csv: of the steps since the last one."""
-    loss, deviation = means
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is not finite by step {step:,}: lower --lr, or try --precision fp32")
-    if deviation < 0.1:
-        tqdm.write(f"warning: target_std is {deviation:.3f}. If it stays below 0.1 after warm-up, begin anew "
-                   "with --momentum nearer to 1, or a lower --lr")
-    lr, weight_decay, momentum = schedule
-    return dict(epoch=step / per_epoch, step=step, loss=loss, learning_rate=lr, weight_decay=weight_decay,
-                momentum=momentum, target_std=deviation, images_per_s=speed)
 
 def save(out, names, parts, history, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
