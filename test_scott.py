@@ -321,7 +321,7 @@ def load(data_dir="photos", dataset="folder", **settings):
 
 @pytest.mark.parametrize("files, labels, training, says", [
     ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, 3, ""),  # links
-    ("1.png a/2.JPG b/c/3.webp cache/4.png", [-1] * 4, 4, ""),
+    ("1.png a/2.JPG b/c/3.webp cache/4.png cache/5.pictures", [-1] * 4, 4, ""),
     ("1.png .2.png ._3.jpg .thumb/4.png @eaDir/5.png __MACOSX/6.png a/.Trash-1000/7.png", [-1], 1, ""),
     ("1.png 2.gif notes.txt .DS_Store", [-1], 1, "passed over 2 files"),
     ("train/a/1.png train/b/c/2.png train/3.png test/a/4.png test/b/5.png", [-1, 0, 0, 1, 1], 3, ""),
@@ -442,10 +442,10 @@ def test_a_build_that_breaks_off_leaves_nothing_and_another_folder_may_do(photos
 ])
 def test_a_bad_file_is_refused_with_its_reason_or_left_out_on_request(photos, capsys, name, content, reason):
     Path("photos", name).write_bytes(content) if content else Path("photos", name).symlink_to("nowhere.png")
-    with pytest.raises(InputError, match=f"{reason}.*--skip-bad-images"):
-        load()
-    assert not list(photos.iterdir())  # it may be mended by the next time
-    assert load(skip_bad_images=True).sizes.tolist() == [[80, 40], [30, 90]]
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"{reason}.*--skip-bad-images"):
+            load()
+        assert load(skip_bad_images=True).sizes.tolist() == [[80, 40], [30, 90]]
     assert re.search(f"left out photos/{reason}", capsys.readouterr().out)
     Path("photos/a.png").write_bytes(b"")
     Path("photos/b.png").unlink()

@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -580,7 +581,8 @@ def load_pictures(recipe, folder, device):
             write_file(path, partial(decode_them, stamp), advice)
             records = open_store(path, stamp, record)
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
-    pixels = torch.from_numpy(records["pixels"])
+    with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
+        pixels = torch.from_numpy(records["pixels"])
     if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 3:
         pixels = torch.cat([part.to(device) for part in pixels.split(256)])
     return Pictures(pixels, sizes, labels, int((~records["test"]).sum()))
@@ -598,7 +600,7 @@ def open_store(path, stamp, record):
     """The records of a file with this stamp, mapped into memory. None if there is none, or a part of it."""
     with suppress(FileNotFoundError, ValueError):  # numpy's, if it is cut off
         if np.memmap(path, "S64", "r", shape=1)[0] == stamp:
-            return np.memmap(path, record, "r+", offset=64)  # nobody writes, but torch knows no "r"
+            return np.memmap(path, record, "r", offset=64)
 
 def decode_all(parts, record, skip, stamp, file):
     """Write the stamp and all records. Threads decode, ahead of the writer by no more than 256 pictures."""
