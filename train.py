@@ -562,8 +562,8 @@ def cache_folder(recipe):
 def load_pictures(recipe, folder, device):
     """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height; labels
     long [n], −1 for none; train: so many, the first, are the training split. A GPU holds the pixels if a
-    third of its free memory takes them; else they lie in a file in `folder`. InputError lists files that
-    cannot be read, unless recipe.skip_bad_images leaves them out."""
+    third of its free memory takes them; else they lie in a file in `folder`. InputError names a file that
+    cannot be read, unless recipe.skip_bad_images leaves such files out."""
     parts, side = open_datasets(recipe), recipe.cache_side
     record = np.dtype([("label", "i8"), ("test", "?"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
     decode_them = partial(decode_all, parts, record, recipe.skip_bad_images)
