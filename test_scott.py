@@ -942,6 +942,9 @@ def test_a_folder_belongs_to_one_run_and_a_tilde_is_ones_home(monkeypatch, tmp_p
     train.main([*CRITTERS, "--max-steps", "1", "--out=~/runs/mine"])
     before = {path: path.read_bytes() for path in Path("runs/mine").iterdir()}
     assert "--resume goes on" in refused(train, *CRITTERS, "--out", "runs/mine") and not Path("~").exists()
+    Path("runs/mine/ckpt.pt").rename("runs/mine/ckpt-0005.pt")  # is no reason to begin anew in that folder
+    assert "cannot read" in refused(train, *CRITTERS, "--resume", "--out", "runs/mine")
+    Path("runs/mine/ckpt-0005.pt").rename("runs/mine/ckpt.pt")
     open_run = lambda args, given: (train.default_recipe(given), Path("runs/mine"), None)
     monkeypatch.setattr(train, "open_run", open_run)  # two look for the folder at the same moment
     with pytest.raises(FileExistsError):

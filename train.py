@@ -647,7 +647,8 @@ def write_file(path, write, advice="make room, or make it writable; train.py goe
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): {advice}") from None
     finally:
-        building.unlink(missing_ok=True)
+        with suppress(OSError):
+            building.unlink()
 
 def save(out, names, parts, history, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
@@ -725,7 +726,7 @@ def open_run(args, given):
     out = Path(args.out or f"runs/{default_recipe(given).dataset}").expanduser()
     if out.exists() and not args.resume:
         raise InputError(f"{out} is there: --resume goes on with its run, another --out begins a new one")
-    if not (out / "ckpt.pt").exists():
+    if not any(out.glob("*.pt")):
         print(f"a new run, in {out}")
         return default_recipe(given), out, None
     saved = load_checkpoint(out / "ckpt.pt")
