@@ -458,7 +458,7 @@ class MIMJEPA(nn.Module):
 
 # ---- Using a trained encoder -------------------------------------------------------------------------------
 
-FORMAT = "scott-mim-jepa 3"  # what a checkpoint of this code says it is
+FORMAT = "scott-mim-jepa 4"  # what a checkpoint of this code says it is
 
 def load_checkpoint(path):
     """Read what train.py saved: a dict of tensors and plain types. InputError if it is anything else."""

@@ -321,7 +321,8 @@ def load(data_dir="photos", dataset="folder", **settings):
 
 @pytest.mark.parametrize("files, labels, training, says", [
     ("1.png ../b/2.png more->../b ../b/itself->. dead.png->nowhere", [-1] * 3, 3, ""),  # links
-    ("1.png a/2.JPG b/c/3.webp cache/4.png cache/5.pictures", [-1] * 4, 4, ""),
+    ("1.png a/2.JPG b/c/3.webp cache/4.png cache/5.pictures d.pictures/6.png", [-1] * 5, 5, ""),
+    ("1.png run/views.png run/ckpt.pt", [-1], 1, ""),  # what a run has drawn is no picture to learn from
     ("1.png .2.png ._3.jpg .thumb/4.png @eaDir/5.png __MACOSX/6.png a/.Trash-1000/7.png", [-1], 1, ""),
     ("1.png 2.gif notes.txt .DS_Store", [-1], 1, "passed over 2 files"),
     ("train/a/1.png train/b/c/2.png train/3.png test/a/4.png test/b/5.png", [-1, 0, 0, 1, 1], 3, ""),
@@ -386,7 +387,7 @@ BLACK_IS_0, WHITE_IS_0 = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1
     (encoded(np.dstack([COLOUR, CLEAR])), np.where(CLEAR[..., None] == 0, 255, COLOUR)),
     (encoded(np.dstack([GREY, CLEAR])), np.where(CLEAR == 0, 255, GREY)),
     (encoded(DEEP, transparency=77), np.where(GREY == 0, 255, GREY)),  # its first pixel is see-through
-    (encoded(DEEP), GREY), (encoded(DEEP, "TIFF"), GREY),
+    (encoded(DEEP), GREY), (encoded(DEEP, "TIFF"), GREY), (encoded(DEEP, "PPM"), GREY),
     (encoded(GREY, exif=ON_ITS_SIDE), np.rot90(GREY, -1)),
     (encoded(COLOUR, "TIFF", exif=ON_ITS_SIDE), np.rot90(COLOUR, -1)),
     (encoded(DEEP, "TIFF", exif=ON_ITS_SIDE), np.rot90(GREY, -1)),
@@ -422,9 +423,12 @@ def test_pictures_are_kept_whole_and_decoded_again_only_if_they_or_their_file_ch
     picture = TF.resize(TF.to_image(Image.open("photos/b.png")), [36], T.InterpolationMode.BICUBIC)
     assert (view - TF.center_crop(picture, [32, 32]) / 255).abs().mean() < 0.02
     [file] = photos.iterdir()
-    for damage, decoded in ((file.exists, 2), (file.unlink, 4), (partial(os.truncate, file, 99), 6)):
+    size = file.stat().st_size
+    cuts = (partial(os.truncate, file, cut) for cut in (0, 64, size // 2 - 32, size - 1))  # or between
+    for number, damage in enumerate((file.exists, file.unlink, *cuts), start=1):
         damage()
-        assert torch.equal(load().pixels, pictures.pixels) and decode.call_count == decoded
+        assert torch.equal(load().pixels, pictures.pixels) and decode.call_count == 2 * number
+    assert load(skip_bad_images=True) and decode.call_count == 2 * number  # none is bad: the same file
     save_picture("photos/b.png", 3, size=(30, 60))
     assert load().sizes.tolist() == [[80, 40], [30, 60]] and len(list(photos.iterdir())) == 1  # no old ones
 
@@ -443,10 +447,12 @@ def test_a_build_that_breaks_off_leaves_nothing_and_another_folder_may_do(photos
 def test_a_bad_file_is_refused_with_its_reason_or_left_out_on_request(photos, capsys, name, content, reason):
     Path("photos", name).write_bytes(content) if content else Path("photos", name).symlink_to("nowhere.png")
     for _ in range(2):
-        with pytest.raises(InputError, match=f"{reason}.*--skip-bad-images"):
+        with pytest.raises(InputError, match=f"picture 2: .*/{reason}.*--skip-bad-images"):
             load()
         assert load(skip_bad_images=True).sizes.tolist() == [[80, 40], [30, 90]]
-    assert re.search(f"left out photos/{reason}", capsys.readouterr().out)
+    assert re.search(f"left out picture 2: .*/{reason}", capsys.readouterr().out)
+    load(skip_bad_images=True)
+    assert capsys.readouterr().out.startswith("1 bad files are left out")  # at every start
     Path("photos/a.png").write_bytes(b"")
     Path("photos/b.png").unlink()
     with pytest.raises(InputError, match="none of the files"):
@@ -523,12 +529,13 @@ def test_colour_operations_are_applied_in_the_order_drawn():
     functions = [operation[1] for operation in train.OPERATIONS]
     for _ in range(3):
         images, (order, factors) = smooth_pictures(16, 32, 32) / 255, train.draw_colours(16, None)
-        result = train.apply_colours(images.clone(), order, factors, functions)
-        for image, own, our in zip(images.split(1), factors, result):
+        drawn = order, factors, functions
+        cpu, gpu = (train.apply_colours(images.clone(), *drawn, at_once) for at_once in (False, True))
+        for image, own, *ours in zip(images.split(1), factors, cpu, gpu):
             for number in itertools.chain(*order):
                 if own[number] != train.NEUTRAL[number]:
                     image = functions[number](image, own[number].view(1, 1, 1, 1))
-            assert torch.allclose(our, image[0], atol=1e-5)
+            assert all(torch.allclose(our, image[0], atol=1e-5) for our in ours)
 
 def test_both_views_share_the_crop_and_half_of_them_are_mirrored_but_each_has_its_own_colours():
     ramp = torch.linspace(0, 127, 64).byte()  # dark on the left
@@ -568,15 +575,6 @@ def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_takes_every_picture
         assert (batch[1].sum(1) == count_visible(4, first.recipe.mask_ratio)).all()
     epochs = [torch.cat([first.batch(step)[2] for step in steps]) for steps in ((1, 2, 3), (4, 5, 6))]
     assert len(epochs[0].unique()) == len(epochs[1].unique()) == 18 and not torch.equal(*epochs)
-
-def test_pictures_to_pretrain_on_are_of_the_split_that_was_asked_for():
-    def rows(training, split):
-        pictures = train.Pictures(None, torch.ones(30, 2), torch.zeros(30), training)
-        return train.choose_rows(pictures, train.Recipe(dataset="folder", pretrain_split=split)).tolist()
-
-    assert (rows(18, "all"), rows(18, "train")) == ([*range(30)], [*range(18)])
-    with pytest.raises(InputError, match="train/<class>"):
-        rows(30, "train")  # none is held out
 
 # ---- Training ----------------------------------------------------------------------------------------------
 
@@ -646,7 +644,12 @@ def test_a_run_is_saved_on_the_clock_and_a_row_is_the_mean_of_its_steps_and_thei
     monkeypatch.setattr(train, "time", clock)
     monkeypatch.setattr(train, "ROW", 4)
     monkeypatch.setattr(train, "train_step", slow_step)
-    monkeypatch.setattr(train, "save", lambda *a, **k: (save(*a, **k), saved.append(k["step"])))
+    def slow_save(*arguments, **state):
+        clock.now += 100
+        saved.append(state["step"])
+        save(*arguments, **state)
+
+    monkeypatch.setattr(train, "save", slow_save)
     trained("--epochs 9 --keep-every 4")
     assert saved == [1, 10, 19, 20, 29, 38, 40, 45] and load_checkpoint("run/ckpt-0004.pt")["step"] == 20
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
@@ -654,7 +657,7 @@ def test_a_run_is_saved_on_the_clock_and_a_row_is_the_mean_of_its_steps_and_thei
     means = [np.mean(losses[start:end]) for start, end in itertools.pairwise([0, *ends])]
     assert rows["step"].tolist() == ends and np.allclose(rows["epoch"] * 5, ends)
     assert np.allclose(rows["loss"], means) and np.isfinite(rows.tolist()).all()
-    assert np.allclose(rows["images_per_s"], 8 / 7)
+    assert np.allclose(rows["images_per_s"], 8 / 7)  # neither the first step nor saving counts
 
 @pytest.mark.parametrize("name, step", [("SIGINT", 9), ("SIGTERM", 9), ("SIGHUP", 9), ("SIGKILL", 5)])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(name, step):
@@ -698,6 +701,9 @@ def test_a_signal_ends_at_once_before_training_heeds_it_and_when_it_comes_twice(
 def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_pictures():
     labelled_folder("photos")
     trained("--dataset folder --data-dir photos --max-steps 1", base=TINY)
+    some = trained("--dataset folder --data-dir photos --max-steps 1 --pretrain-split train", "some", TINY)
+    assert some["pictures"].startswith("18 pictures")  # of 30: the test pictures are left out
+    assert "train/<class>" in refused(train, *"--data-dir photos/test --pretrain-split train".split())
     resume = "--resume --device cpu --max-steps "
     assert trained(resume + "2", base=[])["step"] == 2
     Path("photos").rename("moved")

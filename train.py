@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, TiffImagePlugin
 from torch.utils.data import ConcatDataset
 from torchvision import datasets
 from torchvision.transforms.v2.functional import rgb_to_grayscale
@@ -67,7 +67,8 @@ class Recipe(Config):
         super().__post_init__()
         self.between(1, 10**9, "epochs", "probe_epochs")
         self.between(2, 10**9, "batch_size")
-        self.between(*((20, 10**7) if self.dataset == "critters" else (0, 0)), "pictures")
+        count = range(20, 10**7) if self.dataset == "critters" else [0]
+        self.require("pictures", self.pictures in count, "20 or more for critters, and only for them")
         self.between(16, 8192, "cache_side")
         self.between(1e-5, 1e3, "lr")
         self.between(0, 1, "momentum")
@@ -209,7 +210,7 @@ OPERATIONS = (  # group, function, the factor that changes nothing, the least an
     ("jitter", saturation, 1.0, 0.8, 1.2),
     ("jitter", hue, 0.0, -0.1, 0.1),
     ("grey", saturation, 1.0, 0.0, 0.0),
-    ("blur", blur, 0.001, 0.1, 2.0),
+    ("blur", blur, 0.001, 0.1, 2.0),  # 0 would divide by 0
 )
 NEUTRAL = torch.tensor([operation[2] for operation in OPERATIONS])
 
@@ -229,16 +230,15 @@ def draw_colours(count, generator):
     order = [shuffled([row for row, group in enumerate(group_of) if group == name]) for name in names]
     return shuffled(order), torch.where(chosen, factors, NEUTRAL)
 
-def apply_colours(images, order, factors, functions):
-    """Apply each operation to each image, by its own factor, in the order drawn; on a CPU in place."""
-    for numbers in order:  # a CPU is fastest with the images that change, a GPU with all at once
-        changed = slice(None)
-        if images.device.type == "cpu":
-            changed = (factors[:, numbers] != NEUTRAL[numbers]).any(1)
+def apply_colours(images, order, factors, functions, at_once):
+    """Apply each operation to each image, by its own factor, in the order drawn. at_once: to all images, as a
+    GPU is fastest, else only to those that change, as a CPU is. It may overwrite `images`."""
+    for numbers in order:
+        changed = slice(None) if at_once else (factors[:, numbers] != NEUTRAL[numbers]).any(1)
         part = images[changed]
         for number in numbers:
             part = functions[number](part, factors[changed, number].view(-1, 1, 1, 1))
-        images = part if len(part) == len(images) else images.index_put_((changed,), part)
+        images = part if at_once else images.index_put_((changed,), part)
     return images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which everyone uses
@@ -275,8 +275,8 @@ class Loader:
         drawn = torch.cat([rows[:, None], crops, mirrored], dim=1).repeat(self.views, 1)
         drawn = self.to_device(torch.cat([drawn, factors], dim=1))  # [V·B, 6 + operations], all as float
         images = self.crop(rows, drawn[:B, :6]).repeat(self.views, 1, 1, 1)
-        images = self.normalise(apply_colours(images, order, drawn[:, 6:], self.operations))
-        return images.unflatten(0, (self.views, B)), visible, rows
+        images = apply_colours(images, order, drawn[:, 6:], self.operations, self.device.type != "cpu")
+        return self.normalise(images).unflatten(0, (self.views, B)), visible, rows
 
     def crop(self, rows, drawn):
         """Crops [B, 3, H, H] of these pictures. drawn [B, 6], on the device: row, and see crop_and_resize."""
@@ -293,7 +293,7 @@ class Loader:
         return (tensor.pin_memory() if pin else tensor).to(self.device, non_blocking=pin)
 
 # ---- The program -------------------------------------------------------------------------------------------
-ROW = 50  # steps, at most, of a row of metrics.csv: an epoch has one at its end, and after each 50 steps
+ROW = 50  # steps: metrics.csv gets a row after so many in an epoch, and at the epoch's end
 COLUMNS = "epoch step loss learning_rate weight_decay momentum target_std images_per_s".split()
 
 def main(argv=None, stop=None):
@@ -302,7 +302,10 @@ def main(argv=None, stop=None):
     recipe, out, saved = open_run(args, given)
     machine = choose_machine(args)
     pictures = load_pictures(recipe, cache_folder(recipe), machine.device)
-    rows = choose_rows(pictures, recipe)
+    rows = torch.arange(len(pictures.labels))
+    if recipe.pretrain_split == "train":
+        recipe.require("pretrain_split", pictures.train < len(rows), f"all: nothing is held out. {LAYOUT}")
+        rows = rows[: pictures.train]
     loader = Loader(pictures, rows, recipe, machine)
     per_epoch = loader.steps_per_epoch
     total_steps = recipe.epochs * per_epoch
@@ -314,27 +317,23 @@ def main(argv=None, stop=None):
     optimizer = make_optimizer(model.parameters())
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
-    known = pictures.sizes[rows].numpy().tobytes() + pictures.labels[rows].numpy().tobytes()
-    known = f"{len(rows)} pictures, {hashlib.sha256(known).hexdigest()[:16]}"
+    digest = hashlib.sha256(pictures.sizes[rows].numpy().tobytes() + pictures.labels[rows].numpy().tobytes())
+    known = f"{len(rows)} pictures, {digest.hexdigest()[:16]}"
     step, history, sums = restore(saved, parts, known)
-    sums, saved = sums.to(machine.device), None  # of loss and target_std since the last row; to free memory
+    sums, saved = sums.to(machine.device), None  # the checkpoint's memory is needed
     if machine.compile:  # CUDA graphs: to launch hundreds of kernels takes longer than to run them
         model.compile(fullgraph=True, mode="reduce-overhead")
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
-    print(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}\nThe loss "
-          "says little. target_std dips while the learning rate climbs, then stays at 0.6 to 0.9; below 0.1 "
-          "by then is a collapse.")
+    print(f"{recipe.dataset}: {len(rows):,} pictures, {total_steps:,} steps of {recipe.batch_size}\n"
+          "target_std dips while the learning rate climbs, then stays at 0.6 to 0.9. Below 0.1: a collapse.")
 
     stop.heeded = True  # from here on a signal waits until its step is whole
     first, saved_at, row_at = step + 1, time.perf_counter(), step - (step % per_epoch) % ROW
-    lap = 0, math.nan  # step and time that speed counts from
+    lap = step, math.nan  # step and time that speed counts from: not from the first row, which compiles
     pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
               mininterval=pause, maxinterval=pause) as bar:
         for step in range(first, last_step + 1):
-            if step == first + 3:  # all is compiled by now: wait for the device, then start the clock
-                sums.tolist()
-                lap = step - 1, time.perf_counter()
             views, visible, _ = loader.batch(step)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
                                  start_momentum=recipe.momentum)
@@ -347,14 +346,14 @@ def main(argv=None, stop=None):
             keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
             end = stop.signal or step == last_step
             due = end or keep or time.perf_counter() - saved_at > 60
-            if rest % ROW == 0 or due:
-                loss, deviation = (sums / (step - row_at)).tolist()  # here we wait for the device
-                if not math.isfinite(loss):
-                    raise InputError(f"at step {step:,} the loss is {loss}: lower --lr, or --precision fp32")
-                speed = (step - lap[0]) * size / (time.perf_counter() - lap[1])
-                lap = step, time.perf_counter()
-                row = dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed)))
-                history = [row for row in history if row["step"] <= row_at] + [row]  # drop a part of this one
+            if rest % ROW and not due:
+                continue
+            loss, deviation = (sums / (step - row_at)).tolist()  # here we wait for the device
+            if not math.isfinite(loss):
+                raise InputError(f"at step {step:,} the loss is {loss}: lower --lr, or --precision fp32")
+            speed = (step - lap[0]) * size / (time.perf_counter() - lap[1])
+            row = dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed)))
+            history = [old for old in history if old["step"] <= row_at] + [row]  # in place of a part of it
             if rest % ROW == 0:
                 row_at = step
                 sums.zero_()
@@ -365,6 +364,7 @@ def main(argv=None, stop=None):
                 saved_at = time.perf_counter()
             if end:
                 break
+            lap = step, time.perf_counter()
     if stop.signal and step < last_step:
         print(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + stop.signal
@@ -471,14 +471,15 @@ def find_files(folder, seen=None):
     """Yield the files below a folder, in the same order on every system, but none that belong to programs.
     Links are followed, but what was `seen` is not taken twice."""
     seen = seen or {os.path.realpath(folder)}
-    for path in sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else ():
+    paths = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
+    for path in () if folder / "ckpt.pt" in paths else paths:  # figures of a run are no pictures
         real, hidden = os.path.realpath(path), path.name[0] in ".@" or path.name == "__MACOSX"
-        if not hidden and real not in seen and path.suffix != STORE:
+        if not hidden and real not in seen and (path.suffix != STORE or path.is_dir()):
             seen.add(real)
             yield from find_files(path, seen) if path.is_dir() else [path]
 
 def open_split(folder):
-    """The pictures below a folder. Each folder in it is a class; what lies beside these has none."""
+    """The pictures below a folder. Each folder in it is a class; pictures beside these have label −1."""
     paths = [path for path in find_files(folder) if datasets.folder.is_image_file(path.name)]
     parts = [path.relative_to(folder).parts for path in paths]
     classes = sorted({first for first, *rest in parts if rest})
@@ -489,8 +490,9 @@ def open_split(folder):
 
 def open_folder(root, splits):
     """[train/<class>/…, val/<class>/… or test/<class>/…], or all pictures in one, without labels."""
-    everything = Pairs((read, -1) for read, label in open_split(root))
-    if not everything:
+    files = [*find_files(root)]
+    found = [path for path in files if datasets.folder.is_image_file(path.name)]
+    if not found:
         endings = " ".join(datasets.folder.IMG_EXTENSIONS)
         raise InputError(f"no folder {root}, or no pictures in it ({endings}): see --data-dir")
     train, *rest = (open_split(root / split) for split in splits)
@@ -498,25 +500,17 @@ def open_folder(root, splits):
     if len(parts) == 1 or not train.classes:
         if "test" not in splits:
             raise InputError(f"{root} has no labels. {LAYOUT}")
-        parts = [everything]
+        parts = [Pairs((partial(open_picture, path), -1) for path in found)]
     if any(part.classes != parts[0].classes for part in parts):
         raise InputError(f"{', '.join(splits)} in {root} need pictures in the same folders, one per class")
-    if (passed := len([*find_files(root)]) - sum(map(len, parts))) > 0:
+    if (passed := len(files) - sum(map(len, parts))) > 0:
         print(f"passed over {passed} files outside {', '.join(splits)}, or of other types")
     return parts
-
-def choose_rows(pictures, recipe):
-    """Which of the pictures to pretrain on: long [n]."""
-    rows = torch.arange(len(pictures.labels))
-    if recipe.pretrain_split == "train":
-        some = pictures.train < len(rows)
-        recipe.require("pretrain_split", some, f"all: there is no split to leave out. {LAYOUT}")
-        rows = rows[: pictures.train]
-    return rows
 
 # ---- Reading a picture -------------------------------------------------------------------------------------
 
 Image.MAX_IMAGE_PIXELS = 10**9  # the pictures are the user's own: a large one is no attack
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # nor is a long comment or profile
 TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader scrambles some planar and subsampled TIFFs
 
 def open_picture(path):
@@ -525,7 +519,10 @@ def open_picture(path):
     try:
         # Opened by name, Pillow would map a file into memory, and scramble TIFFs that lie on their side.
         with open(path, "rb") as file, Image.open(file) as image:
+            depth = image.tile[0].args if image.format == "PNG" and image.tile else None
             image.load()
+            if depth in ("L;2", "L;4", "RGB;16B") and "transparency" in image.info:  # which Pillow misreads
+                raise ValueError("a transparent colour of 2, 4 or 48 bits: convert it to 8 bits a channel")
             with suppress(Exception):  # where the rest of the EXIF block is broken, it is of no interest
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
@@ -536,9 +533,9 @@ def open_picture(path):
 def to_rgb(image):
     """8 bits for each colour. ValueError if the numbers have no agreed scale."""
     tags = getattr(image, "tag_v2", {})  # a TIFF's: 258 is the number of bits, 262 what is zero, 339 the kind
-    deep = image.mode.startswith("I;16")  # unsigned grey of 16 bits, in Pillow's words
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")  # unsigned, 16 bits
     packed, signed = deep and tags.get(258, (16,)) != (16,), any(kind != 1 for kind in tags.get(339, ()))
-    if packed or signed or image.mode in ("I", "F", "LAB"):
+    if packed or signed or (image.mode in ("I", "F", "LAB") and not deep):
         raise ValueError("signed, packed, 32-bit and float numbers and Lab have no agreed scale: convert it")
     if deep:
         values = np.asarray(image)
@@ -553,7 +550,7 @@ def to_rgb(image):
 # Decoding a JPEG costs more than a GPU's step on it, so it happens once. Each picture is squeezed to a
 # square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
 
-STORE = ".pictures"  # the file's ending. It begins with a stamp, then comes a record for each picture
+STORE = ".pictures"  # the file's ending. It has a record for each picture, and a stamp at its end
 Pictures = namedtuple("Pictures", "pixels sizes labels train")
 
 def cache_folder(recipe):
@@ -566,20 +563,22 @@ def load_pictures(recipe, folder, device):
     cannot be read, unless recipe.skip_bad_images leaves such files out."""
     parts, side = open_datasets(recipe), recipe.cache_side
     record = np.dtype([("label", "i8"), ("test", "?"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
-    decode_them = partial(decode_all, parts, record, recipe.skip_bad_images)
+    decode_them, count = partial(decode_all, parts, record, recipe.skip_bad_images), sum(map(len, parts))
     if recipe.dataset == "critters":  # drawn in seconds: nothing to keep
         file = io.BytesIO()
         decode_them(b"", file)
         records = np.frombuffer(file.getbuffer(), record)
     else:
         name = Path(recipe.data_dir).expanduser().resolve().name  # pictures of several may share a folder
-        path, stamp = folder / f"{recipe.dataset}-{name}-{side}{STORE}", make_stamp(parts, recipe)
+        path, stamp = folder / f"{recipe.dataset}-{name}-{side}{STORE}", make_stamp(parts)
         records = open_store(path, stamp, record)
-        if records is None:
-            print(f"decoding {sum(map(len, parts)):,} pictures once, to a file in {folder}")
+        if records is None or (len(records) < count and not recipe.skip_bad_images):
+            print(f"decoding {count:,} pictures once, to a file in {folder}")
             advice = "free some room, lower --cache-side, or name another --cache-dir"
             write_file(path, partial(decode_them, stamp), advice)
             records = open_store(path, stamp, record)
+        if len(records) < count:
+            print(f"{count - len(records)} bad files are left out; if they are mended, delete {path}")
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
     with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
         pixels = torch.from_numpy(records["pixels"])
@@ -587,9 +586,10 @@ def load_pictures(recipe, folder, device):
         pixels = torch.cat([part.to(device) for part in pixels.split(256)])
     return Pictures(pixels, sizes, labels, int((~records["test"]).sum()))
 
-def make_stamp(parts, recipe):
-    """64 bytes that change when a file of one's own does, or its class, or another comes in its place."""
-    known = [recipe.skip_bad_images, *map(len, parts)]
+def make_stamp(parts):
+    """64 bytes that change when a file of one's own folder is changed, added, removed or given another class.
+    Of a downloaded data set only the numbers of pictures count."""
+    known = [*map(len, parts)]
     for read, label in sum((part for part in parts if isinstance(part, Pairs)), []):
         [path] = read.args
         info = path.stat() if path.exists() else None
@@ -598,33 +598,34 @@ def make_stamp(parts, recipe):
 
 def open_store(path, stamp, record):
     """The records of a file with this stamp, mapped into memory. None if there is none, or a part of it."""
-    with suppress(FileNotFoundError, ValueError):  # numpy's, if it is cut off
-        if np.memmap(path, "S64", "r", shape=1)[0] == stamp:
-            return np.memmap(path, record, "r", offset=64)
+    with suppress(FileNotFoundError, ValueError):  # numpy's, if it is empty
+        content = np.memmap(path, "u1", "r")
+        if content[-64:].tobytes() == stamp:
+            return content[:-64].view(record)
 
 def decode_all(parts, record, skip, stamp, file):
-    """Write the stamp and all records. Threads decode, ahead of the writer by no more than 256 pictures."""
+    """Write all records, and the stamp. Threads decode, ahead of the writer by no more than 256 pictures."""
     pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    file.write(stamp)
     with ThreadPoolExecutor(min(16, cores or 1)) as pool:  # Pillow works outside Python's lock
         for part in tqdm(torch.arange(len(pictures)).split(256), "decoding", leave=False, disable=None):
             file.writelines(pool.map(partial(decode, pictures, record, train, skip), part.tolist()))
-    if file.tell() == len(stamp):
+    if file.tell() == 0:
         raise InputError("none of the files can be read as a picture")
+    file.write(stamp)
 
 def decode(pictures, record, train, skip, i):
     """The record of a picture, as bytes; none if it cannot be read and such are to be left out."""
     try:
         picture, label = pictures[i]
-        picture = picture() if callable(picture) else picture
+        picture = picture() if callable(picture) else picture  # torchvision's data sets have opened theirs
         pixels = picture.resize(record["pixels"].shape[1:], Image.Resampling.BICUBIC)
         row = label, i >= train, picture.size, np.asarray(pixels).transpose(2, 0, 1)
         return np.array(row, record).tobytes()
     except Exception as error:  # whatever a damaged file leads to
-        reason = ascii(str(error) or type(error).__name__)[1:-1]  # a name may hold anything
+        reason = ascii(f"picture {i}: {str(error) or type(error).__name__}")[1:-1]  # names hold anything
         if not skip:
-            raise InputError(f"{reason}: mend it, or leave such files out by --skip-bad-images") from None
+            raise InputError(f"{reason}. Repair or remove it, or use --skip-bad-images") from None
         tqdm.write(f"left out {reason}")
         return b""
 
@@ -659,12 +660,13 @@ def save(out, names, parts, history, **state):
         write_file(out / name, lambda file: file.write(content.getbuffer()))
     table = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
     try:
-        write_file(out / "metrics.csv", lambda file: file.write("\n".join(table).encode()))
+        write_file(out / "metrics.csv", lambda file: file.write("\n".join([*table, ""]).encode()))
     except InputError as error:  # a spreadsheet has it open, say: no reason to stop
         tqdm.write(f"warning: {error}")
 
 def restore(saved, parts, known):
-    """Put all that changes in training back to where `save` found it.  → step, history, sums"""
+    """Put all that changes in training back to where `save` found it.  → step; history, the rows of
+    metrics.csv; sums [2] of loss and target_std since the last whole row"""
     if saved is None:
         return 0, [], torch.zeros(2)
     if saved["pictures"] != known:
@@ -735,18 +737,20 @@ def open_run(args, given):
         may_change = name in PLACES and recipe.dataset != "critters"
         if value != getattr(recipe, name) and not may_change:
             raise InputError(f"{out} has {name} {getattr(recipe, name)}, not {value}: name another --out")
-    return replace(recipe, **{name: given[name] for name in PLACES if name in given}), out, saved
+    return replace(recipe, **given), out, saved
 
 Machine = namedtuple("Machine", "device dtype compile autocast")
 
 def choose_machine(args):
     """Choose, and print, what to compute on, the best or as asked. InputError if it cannot be had."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = args.device or next(filter(there.get, there))
     try:
-        device = torch.device(args.device or next(filter(there.get, there)))
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device has its own
-        raise InputError(f"cannot use {args.device} ({error}): leave --device out for the best") from None
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot use {name} ({reason}): name another --device, as cpu") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     precision, compile = "fp32", False
     if device.type == "cuda":
@@ -780,6 +784,8 @@ def run(program):
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has two of them
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's
             signal.signal(getattr(signal, name), hear)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such thing
+        sys.stdout.reconfigure(errors="backslashreplace")  # some terminals know few letters
     try:
         raise SystemExit(program(stop=stop))
     except KeyboardInterrupt:
