@@ -230,7 +230,7 @@ def evaluate(features, data, epochs, seed):
 def supervise(encoder, data, recipe, machine):
     """Train the encoder itself, with a simple probe on top, on the labels: the alternative to pretraining,
     for as many epochs and at its learning rate."""
-    if machine.dtype == torch.float16:  # its gradients would need scaling, and this is the yardstick
+    if machine.dtype == torch.float16:  # its gradients would need scaling: float32 is safe
         machine = machine._replace(autocast=nullcontext)
     features = Features(encoder, data.loader, machine, training=True)
     return train_on_labels(features, ["simple"], data, recipe.epochs, 40 / 300, recipe.seed, recipe.lr)

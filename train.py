@@ -90,7 +90,7 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
     """One step of MIM-JEPA.  → loss and target_std, two scalars on the device
 
     views [2, B, 3, H, H]: both of the same pictures; visible bool [B, N]: what the context encoder sees of
-    the first; schedule: (learning rate, weight decay, momentum); scaler: of fp16's gradients, else idle.
+    the first; schedule: (learning rate, weight decay, momentum); scaler: keeps fp16's gradients above 0.
     """
     lr, weight_decay, momentum = schedule
     set_schedule(optimizer, lr, weight_decay)
@@ -143,6 +143,7 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     sizes [B, 2]: true width, height  →  long [B, 4]: left, top, width, height"""
     B, wide = len(sizes), sizes[:, :1] / sizes[:, 1:]  # [B, 1]: width / height of the whole picture
     area = torch.empty(B, tries).uniform_(*scale, generator=generator)
+    # The picture is kept as a square: there, a crop's aspect is its true one over the picture's.
     skew = torch.empty(B, tries).uniform_(*map(math.log, ratio), generator=generator).exp() / wide
     crop = torch.stack([(area * skew).sqrt(), (area / skew).sqrt()], dim=-1)  # [B, tries, 2], shares
     fits = (crop <= 1).all(-1)  # [B, tries]
@@ -164,11 +165,11 @@ def crop_and_resize(pixels, crops, out):
     d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
     d = d.clamp(max=2)  # the distance from a sample to a pixel; further away nothing counts
     near, far = (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # the cubic kernel, a = −½
-    inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S]
+    inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S], of the crop
     weights = torch.where(d < 1, near, far) * inside[:, :, None]
     across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
     images = (pixels / 255).flatten(1, 2) @ across.mT  # [B, 3·S, out]
-    images = images.clamp(0, 1).unflatten(1, (3, side))  # as uint8 arithmetic does between its two passes
+    images = images.clamp(0, 1).unflatten(1, (3, side))  # as Pillow does between its two passes
     images = (down[:, None] @ images).clamp(0, 1)  # [B, 3, out, out]
     return torch.where(crops[:, 4].view(-1, 1, 1, 1) == 1, images.flip(3), images)
 
@@ -194,7 +195,7 @@ def hue(images, shift):
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 
 def blur(images, sigma):
-    """9×9 Gaussian blur, a sigma for each image. Borders are reflected. One matrix serves both axes."""
+    """9×9 Gaussian blur, a sigma for each image. Borders are reflected. Along an axis it is a matrix."""
     side, offset = images.shape[-1], torch.arange(-4, 5, device=images.device)
     weights = torch.softmax(-0.5 * (offset / sigma.view(-1, 1)) ** 2, dim=1)  # [B, 9]
     identity = torch.eye(side, device=images.device)[None]
@@ -338,10 +339,10 @@ def main(argv=None, stop=None):
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
                                  start_momentum=recipe.momentum)
             torch.manual_seed(generator_for(recipe.seed, 3, step).initial_seed())  # what dropout draws from
-            pair = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
-            sums += torch.stack(pair)  # on the device: to read a number is to wait for it
+            loss_and_std = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
+            sums += torch.stack(loss_and_std)  # on the device: to read a number is to wait for it
             if bar.update(size):  # when it is drawn, a few times a second at most
-                bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *pair))
+                bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *loss_and_std))
             epoch, rest = divmod(step, per_epoch)
             keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
             end = stop.signal or step == last_step
@@ -558,7 +559,7 @@ def cache_folder(recipe):
 
 def load_pictures(recipe, folder, device):
     """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height; labels
-    long [n], −1 for none; train: so many, the first, are the training split. A GPU holds the pixels if a
+    long [n], −1 for none; train: the first `train` are the training split. A GPU holds the pixels if a
     third of its free memory takes them; else they lie in a file in `folder`. InputError names a file that
     cannot be read, unless recipe.skip_bad_images leaves such files out."""
     parts, side = open_datasets(recipe), recipe.cache_side
@@ -683,7 +684,7 @@ class Parser(argparse.ArgumentParser):
     """Flags for these fields of Recipe, and for the machine. Only what is given appears in the result."""
 
     def __init__(self, names, **settings):
-        about = "Recipe (train.py) and Config (scott.py) explain what has a value in brackets, the paper's."
+        about = "In brackets: the paper's value. Recipe (train.py) and Config (scott.py) explain these flags."
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, epilog=about, **settings)
         self.names = names
         for name in names:
@@ -773,7 +774,7 @@ def choose_machine(args):
 
 def run(program):
     """Start a main as a process. What a user can put right is one line, a bug a traceback. Ctrl-C, SIGTERM
-    and a closed terminal end it at once, but where training heeds them, a first one is only noted."""
+    and a closed terminal end it at once, but training first ends its step and saves."""
     stop = SimpleNamespace(heeded=False, signal=0)
 
     def hear(number, frame):
