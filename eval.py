@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from scott import MIMJEPA, InputError, SwiGLU, attend, hide, init_linear, layer_norm, load_checkpoint
 from scott import load_encoder, sample_masks
-from train import LAYOUT, PLACES, Loader, Parser, Recipe, cache_folder, choose_machine
+from train import LAYOUT, PLACES, Loader, Parser, Recipe, choose_machine
 from train import default_recipe, generator_for, load_pictures, make_optimizer, run, schedules
 from train import set_schedule, write_file
 
@@ -409,7 +409,7 @@ def probe_checkpoint(path, args, given, machine):
     saved = load_checkpoint(path)
     recipe = Recipe(**saved["recipe"])
     source = choose_data(recipe, given)
-    pictures = load_pictures(source, cache_folder(source), machine.device)
+    pictures = load_pictures(source, device=machine.device)
     epochs = recipe.probe_epochs if args.epochs is None else args.epochs
     results, averages, tag = {}, {}, Path(path).stem.removeprefix("ckpt")
 
@@ -427,7 +427,7 @@ def probe_checkpoint(path, args, given, machine):
                      probe_epochs=epochs, columns=["top-1", "top-5", "mean-per-class"], results=results)
         write_file(place("eval.json"), lambda file: file.write(json.dumps(about, indent=1).encode()))
 
-    rows = torch.arange(len(pictures.labels))
+    rows = pictures.sizes[:, 0].nonzero()[:, 0]  # without bad files, whose size is 0
     loader = Loader(pictures, rows, replace(source, batch_size=min(64, len(rows))), machine)
     features = {"trained": Features(load_encoder(saved, args.encoder), loader, machine)}
     if not args.no_baseline:

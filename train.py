@@ -13,7 +13,6 @@ pictures). So a run that was stopped goes on as if it had not been.
 import argparse
 import ctypes
 import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -21,12 +20,12 @@ import random
 import signal
 import sys
 import time
-import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +40,7 @@ from tqdm import tqdm
 
 from scott import FORMAT, MIMJEPA, Config, InputError, load_checkpoint, sample_masks, target_deviation
 
-# ==== Part 1: the method ====================================================================================
-
-# ---- Recipe: what defines a run, and a flag for each entry (batch_size is --batch-size) --------------------
+# ---- Part 1: the method. A recipe defines a run; each entry is a flag (batch_size is --batch-size) --------
 
 @dataclass(frozen=True)
 class Recipe(Config):
@@ -67,8 +64,10 @@ class Recipe(Config):
         super().__post_init__()
         self.between(1, 10**9, "epochs", "probe_epochs")
         self.between(2, 10**9, "batch_size")
-        count = range(20, 10**7) if self.dataset == "critters" else [0]
-        self.require("pictures", self.pictures in count, "20 or more for critters, and only for them")
+        drawn = self.dataset == "critters"
+        self.between(20 * drawn, 10**7 * drawn, "pictures")  # of photographs all there are
+        for name in PLACES if drawn else ():
+            self.require(name, getattr(self, name) == getattr(Recipe, name), "left out: critters are drawn")
         self.between(16, 8192, "cache_side")
         self.between(1e-5, 1e3, "lr")
         self.between(0, 1, "momentum")
@@ -224,12 +223,10 @@ def draw_colours(count, generator):
     chosen &= torch.rand(count, 1, generator=generator) < CHANGED
     chosen = chosen[:, [names.index(group) for group in group_of]]  # [count, operations]
     factors = least + (most - least) * torch.rand(count, len(OPERATIONS), generator=generator)
-
-    def shuffled(things):
-        return [things[i] for i in torch.randperm(len(things), generator=generator).tolist()]
-
-    order = [shuffled([row for row, group in enumerate(group_of) if group == name]) for name in names]
-    return shuffled(order), torch.where(chosen, factors, NEUTRAL)
+    order = [[row for row, group in enumerate(group_of) if group == name] for name in names]
+    order = [[rows[i] for i in torch.randperm(len(rows), generator=generator)] for rows in order]
+    order = [order[i] for i in torch.randperm(len(order), generator=generator)]
+    return order, torch.where(chosen, factors, NEUTRAL)
 
 def apply_colours(images, order, factors, functions, at_once):
     """Apply each operation to each image, by its own factor, in the order drawn. at_once: to all images, as a
@@ -302,13 +299,13 @@ def main(argv=None, stop=None):
     (args, given), stop = read_arguments(argv), stop or SimpleNamespace(signal=0)
     recipe, out, saved = open_run(args, given)
     machine = choose_machine(args)
-    pictures = load_pictures(recipe, cache_folder(recipe), machine.device)
-    rows = torch.arange(len(pictures.labels))
+    pictures = load_pictures(recipe, device=machine.device)
+    rows = pictures.sizes[:, 0].nonzero()[:, 0]  # without bad files, whose size is 0
     if recipe.pretrain_split == "train":
-        recipe.require("pretrain_split", pictures.train < len(rows), f"all: nothing is held out. {LAYOUT}")
-        rows = rows[: pictures.train]
+        recipe.require("pretrain_split", pictures.train < len(pictures.labels), f"all: no splits. {LAYOUT}")
+        rows = rows[rows < pictures.train]
     loader = Loader(pictures, rows, recipe, machine)
-    per_epoch = loader.steps_per_epoch
+    per_epoch, size = loader.steps_per_epoch, recipe.batch_size
     total_steps = recipe.epochs * per_epoch
     warmup_steps = min(recipe.epochs, 300) * per_epoch * 40 // 300  # 40, as the paper; below 300 that share
     last_step = min(total_steps, args.max_steps or total_steps)
@@ -331,9 +328,8 @@ def main(argv=None, stop=None):
     stop.heeded = True  # from here on a signal waits until its step is whole
     first, saved_at, row_at = step + 1, time.perf_counter(), step - (step % per_epoch) % ROW
     lap = step, math.nan  # step and time that speed counts from: not from the first row, which compiles
-    pause, size = 0.5 if sys.stderr.isatty() else 30, recipe.batch_size  # seconds: a log needs no animation
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
-              mininterval=pause, maxinterval=pause) as bar:
+              mininterval=1, maxinterval=1) as bar:
         for step in range(first, last_step + 1):
             views, visible, _ = loader.batch(step)
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
@@ -341,7 +337,7 @@ def main(argv=None, stop=None):
             torch.manual_seed(generator_for(recipe.seed, 3, step).initial_seed())  # what dropout draws from
             loss_and_std = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
             sums += torch.stack(loss_and_std)  # on the device: to read a number is to wait for it
-            if bar.update(size):  # when it is drawn, a few times a second at most
+            if bar.update(size):  # when it is drawn, once a second
                 bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *loss_and_std))
             epoch, rest = divmod(step, per_epoch)
             keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
@@ -366,6 +362,7 @@ def main(argv=None, stop=None):
             if end:
                 break
             lap = step, time.perf_counter()
+    stop.heeded = False  # a notebook goes on: its Ctrl-C interrupts again
     if stop.signal and step < last_step:
         print(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + stop.signal
@@ -376,16 +373,15 @@ def main(argv=None, stop=None):
 # ---- Part 2: plumbing, skip it on a first reading ----------------------------------------------------------
 
 def generator_for(*key):
-    """A torch.Generator for a key of whole numbers: the same key, the same draws. Keys: (seed, 0, epoch)
-    order of pictures; (seed, 1, step) crops, colours, masks; (seed, 3, step) dropout; in eval.py (seed, 4)
-    labels, (seed, 10) examples."""
+    """A torch.Generator for a key: (seed, 0, epoch) order of pictures; (seed, 1, step) crops, colours, masks;
+    (seed, 3, step) dropout; in eval.py (seed, 4) labels, (seed, 10) examples."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
 
-# A species is a plan of six parts, drawn at random from its name: add yours, and see yourself. Each of three
-# colours dresses two parts, and which two belongs to the species. All else comes from the picture's seed. So
-# who recognises a species by what is in sight knows, say, that its hidden legs are coloured like the ears.
+# A species is a plan of six parts, drawn at random from its name: add yours. Each of three colours dresses
+# two parts, which two belongs to the species, and all else comes from the picture's seed. So who recognises a
+# species by what is in sight knows, say, that its hidden legs are coloured like the ears.
 
 SPECIES = "tigrot mousen puffit foxel cyclox zebbit moodle bumbear dashel wuffle".split()
 COLOURS = "black gray brown red orange gold olive green turquoise skyblue blue purple violet pink".split()
@@ -398,15 +394,13 @@ def plan(name):
     neck = rng.uniform(0.2, 1.2)  # where the head sits: 0 is in front, π/2 on top
     x, y = 0.9 * rx * math.cos(neck), -1.1 * ry * math.sin(neck) - 10
     ear, wide, long = rng.uniform(0.2, 0.9) * r, rng.uniform(8, 20), rng.uniform(16, 50)
-    leg, leg_count = rng.uniform(8, 14), rng.randint(2, 4)
-    spot, spot_count = rng.uniform(0.5, 0.9), rng.randint(1, 3)
-    tail_x, tail_y = rng.uniform(10, 34), rng.uniform(10, 44)
-    legs_at = [rx * (1.5 * (i + 0.5) / leg_count - 0.75) for i in range(leg_count)]
+    leg, leg_count, spot = rng.uniform(8, 14), rng.randint(2, 4), rng.uniform(0.5, 0.9)
+    spot_count, tail_x, tail_y = rng.randint(1, 3), rng.uniform(10, 34), rng.uniform(10, 44)
     spots_at = [rx * (1.6 * (i + 0.5) / spot_count - 0.8) for i in range(spot_count)]
     eyes = (-6, 9, 3), (-3, 4, 4), (14, 9, 3), (17, 4, 4)  # place, radius, colour
     return [
         [(-rx - tail_x / 2, -tail_y / 2, tail_x, tail_y, tail)],
-        [(at, ry + 6, leg, 32, legs) for at in legs_at],
+        [(rx * (1.5 * (i + 0.5) / leg_count - 0.75), ry + 6, leg, 32, legs) for i in range(leg_count)],
         [(0, 0, rx, ry, body)],
         [(at, 0, 0.8 * rx * spot / spot_count, ry * spot, spots) for at in spots_at],
         [(at, y - 0.8 * r - 0.4 * long, wide, long, ears) for at in (x - ear, x + ear)],
@@ -416,8 +410,7 @@ def plan(name):
 def draw_critter(species, seed, side=64):
     """One critter, side × side px, RGB. The same seed dresses and poses all species alike, every time."""
     rng = random.Random(seed)
-    background, *colours = rng.sample(COLOURS, 4)
-    colours += ["white", "black"]  # of the eyes
+    background, *colours = *rng.sample(COLOURS, 4), "white", "black"  # the last two for the eyes
     zoom, flip, tilt = rng.uniform(1, 1.3), rng.choice((-1, 1)), rng.uniform(-14, 14)
     place_x, place_y = rng.uniform(108, 148), rng.uniform(124, 148)
     canvas = Image.new("RGB", (256, 256), background)  # large, then shrunk, which smooths the edges
@@ -433,7 +426,7 @@ def critters(count, seed, side):
     """A data set of `count` critters, side × side px, the species in turn."""
     rng = random.Random(seed)
     labels = [i % len(SPECIES) for i in range(count)]
-    return Pairs((partial(draw_critter, label, rng.getrandbits(32), side), label) for label in labels)
+    return [(partial(draw_critter, label, rng.getrandbits(32), side), label) for label in labels]
 
 # ---- Data sets: pictures[i] → (picture or a function that makes it, label) ---------------------------------
 
@@ -463,52 +456,43 @@ def open_datasets(recipe):
         print(f"warning: of the {count:,} pictures of {name}, {root} has {found:,}")
     return parts
 
-class Pairs(list):
-    """A data set as a list of (a function that makes the picture; its label, or −1)."""
-
-    classes = ()  # names of the labels
-
-def find_files(folder, seen=None):
+def find_files(folder, seen):
     """Yield the files below a folder, in the same order on every system, but none that belong to programs.
-    Links are followed, but what was `seen` is not taken twice."""
-    seen = seen or {os.path.realpath(folder)}
+    Links are followed, but not to real paths that were `seen`, a set which grows."""
     paths = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
     for path in () if folder / "ckpt.pt" in paths else paths:  # figures of a run are no pictures
         real, hidden = os.path.realpath(path), path.name[0] in ".@" or path.name == "__MACOSX"
-        if not hidden and real not in seen and (path.suffix != STORE or path.is_dir()):
+        if not hidden and real not in seen and (path.suffix != ".pictures" or path.is_dir()):
             seen.add(real)
             yield from find_files(path, seen) if path.is_dir() else [path]
 
-def open_split(folder):
-    """The pictures below a folder. Each folder in it is a class; pictures beside these have label −1."""
-    paths = [path for path in find_files(folder) if datasets.folder.is_image_file(path.name)]
-    parts = [path.relative_to(folder).parts for path in paths]
-    classes = sorted({first for first, *rest in parts if rest})
-    labels = [classes.index(first) if rest else -1 for first, *rest in parts]
-    pairs = Pairs((partial(open_picture, path), label) for path, label in zip(paths, labels))
-    pairs.classes = classes
-    return pairs
+class Folder(list):
+    """Pictures below a folder. Folders in it are classes; those beside them, or all, have the label −1."""
+
+    def __init__(self, root, labelled=True):
+        self.files = [*find_files(root, {os.path.realpath(root)})]
+        paths = [path for path in self.files if datasets.folder.is_image_file(path.name)]
+        parts = [path.relative_to(root).parts[:-1] if labelled else () for path in paths]
+        self.classes = sorted({part[0] for part in parts if part})
+        labels = [self.classes.index(part[0]) if part else -1 for part in parts]
+        super().__init__((partial(open_picture, path), label) for path, label in zip(paths, labels))
 
 def open_folder(root, splits):
     """[train/<class>/…, val/<class>/… or test/<class>/…], or all pictures in one, without labels."""
-    files = [*find_files(root)]
-    found = [path for path in files if datasets.folder.is_image_file(path.name)]
-    if not found:
-        endings = " ".join(datasets.folder.IMG_EXTENSIONS)
-        raise InputError(f"no folder {root}, or no pictures in it ({endings}): see --data-dir")
-    train, *rest = (open_split(root / split) for split in splits)
+    everything = Folder(root, labelled=False)
+    if not everything:
+        raise InputError(f"no folder {root}, or no pictures in it (.jpg, .png and so on): see --data-dir")
+    train, *rest = (Folder(root / split) for split in splits)
     parts = [train, *filter(None, rest)]
     if len(parts) == 1 or not train.classes:
         if "test" not in splits:
             raise InputError(f"{root} has no labels. {LAYOUT}")
-        parts = [Pairs((partial(open_picture, path), -1) for path in found)]
+        parts = [everything]
     if any(part.classes != parts[0].classes for part in parts):
         raise InputError(f"{', '.join(splits)} in {root} need pictures in the same folders, one per class")
-    if (passed := len(files) - sum(map(len, parts))) > 0:
+    if (passed := len(everything.files) - sum(map(len, parts))) > 0:
         print(f"passed over {passed} files outside {', '.join(splits)}, or of other types")
     return parts
-
-# ---- Reading a picture -------------------------------------------------------------------------------------
 
 Image.MAX_IMAGE_PIXELS = 10**9  # the pictures are the user's own: a large one is no attack
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30  # nor is a long comment or profile
@@ -520,10 +504,9 @@ def open_picture(path):
     try:
         # Opened by name, Pillow would map a file into memory, and scramble TIFFs that lie on their side.
         with open(path, "rb") as file, Image.open(file) as image:
-            depth = image.tile[0].args if image.format == "PNG" and image.tile else None
+            if "transparency" in image.info and image.tile[0].args in ("L;2", "L;4", "RGB;16B"):
+                raise ValueError("Pillow misreads transparent colours of this depth: convert it to 8 bits")
             image.load()
-            if depth in ("L;2", "L;4", "RGB;16B") and "transparency" in image.info:  # which Pillow misreads
-                raise ValueError("a transparent colour of 2, 4 or 48 bits: convert it to 8 bits a channel")
             with suppress(Exception):  # where the rest of the EXIF block is broken, it is of no interest
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
@@ -540,9 +523,8 @@ def to_rgb(image):
         raise ValueError("signed, packed, 32-bit and float numbers and Lab have no agreed scale: convert it")
     if deep:
         values = np.asarray(image)
-        values = np.where(values == image.info.get("transparency"), 65535, values)  # white where transparent
-        values = (values >> 8).astype(np.uint8)
-        image = Image.fromarray(255 - values if tags.get(262) == 0 else values)
+        values = np.where(values == image.info.get("transparency"), 65535, values) >> 8  # clear is white
+        image = Image.fromarray((255 - values if tags.get(262) == 0 else values).astype(np.uint8))
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -551,84 +533,63 @@ def to_rgb(image):
 # Decoding a JPEG costs more than a GPU's step on it, so it happens once. Each picture is squeezed to a
 # square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
 
-STORE = ".pictures"  # the file's ending. It has a record for each picture, and a stamp at its end
 Pictures = namedtuple("Pictures", "pixels sizes labels train")
 
-def cache_folder(recipe):
-    return Path(recipe.cache_dir or os.path.join(recipe.data_dir, "cache")).expanduser()
-
-def load_pictures(recipe, folder, device):
+def load_pictures(recipe, folder=None, device=torch.device("cpu")):
     """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height; labels
-    long [n], −1 for none; train: the first `train` are the training split. A GPU holds the pixels if a
-    third of its free memory takes them; else they lie in a file in `folder`. InputError names a file that
-    cannot be read, unless recipe.skip_bad_images leaves such files out."""
-    parts, side = open_datasets(recipe), recipe.cache_side
-    record = np.dtype([("label", "i8"), ("test", "?"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
-    decode_them, count = partial(decode_all, parts, record, recipe.skip_bad_images), sum(map(len, parts))
+    long [n], −1 for none; train: the first `train` are the training split. A GPU holds the pixels if a third
+    of its free memory takes them, else a file in `folder`, mapped into memory. InputError names a file that
+    cannot be read; if recipe.skip_bad_images, it has the size 0 and the label −1 instead."""
+    parts, side, skip = open_datasets(recipe), recipe.cache_side, recipe.skip_bad_images
+    record = np.dtype([("label", "i8"), ("size", "f4", 2), ("pixels", "u1", (3, side, side))])
+    decode = partial(decode_all, pictures := ConcatDataset(parts), record, skip)
     if recipe.dataset == "critters":  # drawn in seconds: nothing to keep
-        file = io.BytesIO()
-        decode_them(b"", file)
+        decode(file := io.BytesIO())
         records = np.frombuffer(file.getbuffer(), record)
     else:
-        name = Path(recipe.data_dir).expanduser().resolve().name  # pictures of several may share a folder
-        path, stamp = folder / f"{recipe.dataset}-{name}-{side}{STORE}", make_stamp(parts)
-        records = open_store(path, stamp, record)
-        if records is None or (len(records) < count and not recipe.skip_bad_images):
-            print(f"decoding {count:,} pictures once, to a file in {folder}")
-            advice = "free some room, lower --cache-side, or name another --cache-dir"
-            write_file(path, partial(decode_them, stamp), advice)
-            records = open_store(path, stamp, record)
-        if len(records) < count:
-            print(f"{count - len(records)} bad files are left out; if they are mended, delete {path}")
+        folder = Path(folder or recipe.cache_dir or os.path.join(recipe.data_dir, "cache")).expanduser()
+        path = folder / f"{recipe.dataset}-{side}-{make_stamp(parts, skip)}.pictures"
+        if not path.exists() or path.stat().st_size != len(pictures) * record.itemsize:
+            print(f"decoding {len(pictures):,} pictures once, to {path}. Delete older ones as you like")
+            write_file(path, decode, "free some room, lower --cache-side, or name another --cache-dir")
+        records = np.memmap(path, record, "r+")
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
-    with warnings.catch_warnings(action="ignore"):  # the file is read-only, and torch has no such tensors
-        pixels = torch.from_numpy(records["pixels"])
+    if bad := int((sizes[:, 0] == 0).sum()):
+        print(f"{bad} bad files are left out; if they are mended, delete {path}")
+    pixels = torch.from_numpy(records["pixels"])
     if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] / 3:
         pixels = torch.cat([part.to(device) for part in pixels.split(256)])
-    return Pictures(pixels, sizes, labels, int((~records["test"]).sum()))
+    return Pictures(pixels, sizes, labels, len(pictures) - len(parts[-1]) * (len(parts) > 1))
 
-def make_stamp(parts):
-    """64 bytes that change when a file of one's own folder is changed, added, removed or given another class.
-    Of a downloaded data set only the numbers of pictures count."""
-    known = [*map(len, parts)]
-    for read, label in sum((part for part in parts if isinstance(part, Pairs)), []):
+def make_stamp(parts, skip):
+    """A name for these pictures: another if a file of one's own folder is changed, added, removed or given
+    another class. Of a downloaded data set only the numbers of pictures count."""
+    known = [skip, *map(len, parts)]
+    for read, label in sum((part for part in parts if isinstance(part, Folder)), []):
         [path] = read.args
         info = path.stat() if path.exists() else None
         known.append((path.name, label, info and (info.st_size, info.st_mtime_ns, info.st_ctime_ns)))
-    return hashlib.sha256(ascii(known).encode()).hexdigest().encode()
+    return hashlib.sha256(ascii(known).encode()).hexdigest()[:16]
 
-def open_store(path, stamp, record):
-    """The records of a file with this stamp, mapped into memory. None if there is none, or a part of it."""
-    with suppress(FileNotFoundError, ValueError):  # numpy's, if it is empty
-        content = np.memmap(path, "u1", "r")
-        if content[-64:].tobytes() == stamp:
-            return content[:-64].view(record)
+def decode_all(pictures, record, skip, file):
+    """Write a record for each picture. Threads decode, ahead of the writer by no more than 256 pictures."""
 
-def decode_all(parts, record, skip, stamp, file):
-    """Write all records, and the stamp. Threads decode, ahead of the writer by no more than 256 pictures."""
-    pictures, train = ConcatDataset(parts), sum(map(len, parts[:-1] or parts))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(min(16, cores or 1)) as pool:  # Pillow works outside Python's lock
+    def decode(i):
+        try:
+            picture, label = pictures[i]
+            picture = picture() if callable(picture) else picture  # torchvision's are opened
+            pixels = picture.resize(record["pixels"].shape[1:], Image.Resampling.BICUBIC)
+            return np.array((label, picture.size, np.asarray(pixels).transpose(2, 0, 1)), record).tobytes()
+        except Exception as error:  # whatever a damaged file leads to
+            reason = ascii(f"picture {i}: {str(error) or type(error).__name__}")[1:-1]  # names hold anything
+            if not skip:
+                raise InputError(f"{reason}. Repair or remove it, or use --skip-bad-images") from None
+            tqdm.write(f"left out {reason}")
+            return np.array((-1, 0, 0), record).tobytes()
+
+    with ThreadPoolExecutor(min(16, torch.get_num_threads())) as pool:  # Pillow works outside Python's lock
         for part in tqdm(torch.arange(len(pictures)).split(256), "decoding", leave=False, disable=None):
-            file.writelines(pool.map(partial(decode, pictures, record, train, skip), part.tolist()))
-    if file.tell() == 0:
-        raise InputError("none of the files can be read as a picture")
-    file.write(stamp)
-
-def decode(pictures, record, train, skip, i):
-    """The record of a picture, as bytes; none if it cannot be read and such are to be left out."""
-    try:
-        picture, label = pictures[i]
-        picture = picture() if callable(picture) else picture  # torchvision's data sets have opened theirs
-        pixels = picture.resize(record["pixels"].shape[1:], Image.Resampling.BICUBIC)
-        row = label, i >= train, picture.size, np.asarray(pixels).transpose(2, 0, 1)
-        return np.array(row, record).tobytes()
-    except Exception as error:  # whatever a damaged file leads to
-        reason = ascii(f"picture {i}: {str(error) or type(error).__name__}")[1:-1]  # names hold anything
-        if not skip:
-            raise InputError(f"{reason}. Repair or remove it, or use --skip-bad-images") from None
-        tqdm.write(f"left out {reason}")
-        return b""
+            file.writelines(pool.map(decode, part.tolist()))
 
 # ---- What a run leaves: checkpoints and records ------------------------------------------------------------
 
@@ -649,8 +610,7 @@ def write_file(path, write, advice="make room, or make it writable; train.py goe
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): {advice}") from None
     finally:
-        with suppress(OSError):
-            building.unlink()
+        building.unlink(missing_ok=True)
 
 def save(out, names, parts, history, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
@@ -659,9 +619,9 @@ def save(out, names, parts, history, **state):
     torch.save(state, content)  # into memory: then only the disk can fail
     for name in names:
         write_file(out / name, lambda file: file.write(content.getbuffer()))
-    table = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
+    rows, form = [[*row.values()] for row in history], dict(fmt="%.10g", delimiter=",", comments="")
     try:
-        write_file(out / "metrics.csv", lambda file: file.write("\n".join([*table, ""]).encode()))
+        write_file(out / "metrics.csv", partial(np.savetxt, X=rows, header=",".join(history[0]), **form))
     except InputError as error:  # a spreadsheet has it open, say: no reason to stop
         tqdm.write(f"warning: {error}")
 
@@ -670,9 +630,8 @@ def restore(saved, parts, known):
     metrics.csv; sums [2] of loss and target_std since the last whole row"""
     if saved is None:
         return 0, [], torch.zeros(2)
-    if saved["pictures"] != known:
-        text = f"the run had other pictures ({saved['pictures']}, now {known})"
-        raise InputError(f"{text}: put them back, or begin anew in another --out")
+    if (had := saved["pictures"]) != known:
+        raise InputError(f"the run had {had}, not {known}: put them back, or name another --out")
     for name, part in parts.items():
         if name != "scaler" or saved[name]:  # bf16 and fp32 leave none: fp16 then begins its own
             part.load_state_dict(saved[name])
@@ -707,8 +666,7 @@ class Parser(argparse.ArgumentParser):
         return args, {name: getattr(args, name) for name in self.names if hasattr(args, name)}
 
 def read_arguments(argv):
-    names = [field.name for field in fields(Recipe)]
-    parser = Parser(names, prog="train.py", description=__doc__.split("\n")[0])
+    parser = Parser([f.name for f in fields(Recipe)], prog="train.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="", help="the run's folder, a new one (default: runs/DATASET)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on in the folder --out")
     parser.add_argument("--max-steps", type=int, default=0, help="stop there; the schedules stay")
@@ -720,8 +678,6 @@ PLACES = "data_dir", "cache_dir", "skip_bad_images"  # of a recipe: these may ch
 def default_recipe(given):
     """The recipe with these settings. Whoever names a folder, and no data set, means the folder."""
     dataset = given.get("dataset", "folder" if "data_dir" in given else "critters")
-    if dataset == "critters" and {"data_dir", "cache_dir"} & {*given}:
-        raise InputError("critters are drawn: leave out --data-dir and --cache-dir, or name a --dataset")
     return Recipe(**DIFFERS.get(dataset, {}) | given | {"dataset": dataset})
 
 def open_run(args, given):
@@ -735,8 +691,7 @@ def open_run(args, given):
     saved = load_checkpoint(out / "ckpt.pt")
     recipe = Recipe(**saved["recipe"])
     for name, value in given.items():
-        may_change = name in PLACES and recipe.dataset != "critters"
-        if value != getattr(recipe, name) and not may_change:
+        if value != getattr(recipe, name) and name not in PLACES:
             raise InputError(f"{out} has {name} {getattr(recipe, name)}, not {value}: name another --out")
     return replace(recipe, **given), out, saved
 
@@ -753,15 +708,13 @@ def choose_machine(args):
         reason = str(error).partition("\n")[0]
         raise InputError(f"cannot use {name} ({reason}): name another --device, as cpu") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    precision, compile = "fp32", False
+    precision, compile = "fp32", False  # it needs Triton, which Windows and old GPUs lack
     if device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        compile = importlib.util.find_spec("triton") is not None  # which Windows lacks
-        compile = compile and torch.cuda.get_device_capability(device) >= (7, 0)  # what Triton needs
+        compile = bool(find_spec("triton")) and torch.cuda.get_device_capability(device) >= (7, 0)
     elif device.type == "cpu":
         features = getattr(torch.cpu, "get_capabilities", dict)()
-        if any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):  # in hardware
-            precision = "bf16"
+        precision = "bf16" if any(map(features.get, ("avx512_bf16", "amx_bf16", "bf16"))) else "fp32"
         with suppress(AttributeError, TypeError):  # glibc has it. Freed memory is kept: to get it anew from
             mallopt = ctypes.CDLL(None).mallopt  # the system costs 8 to 13 % of a step.
             mallopt(-4, 0)  # M_MMAP_MAX: no block lives outside the heap
@@ -785,17 +738,13 @@ def run(program):
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has two of them
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's
             signal.signal(getattr(signal, name), hear)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such thing
-        sys.stdout.reconfigure(errors="backslashreplace")  # some terminals know few letters
     try:
         raise SystemExit(program(stop=stop))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
         print("error:", str(error).replace("\n", "\\n") or "out of memory", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        stop.heeded = False  # a notebook goes on: its Ctrl-C interrupts again
 
 if __name__ == "__main__":
     run(main)
