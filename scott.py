@@ -237,16 +237,14 @@ class Tokenizer(nn.Module):
 
 # ---- Transformer blocks ------------------------------------------------------------------------------------
 
-def position_embedding(grid, dim, device=None):
+def position_embedding(grid, dim):
     """Fixed 2-D sine-cosine positions, float [grid², dim]: half the channels tell the row, half the column.
 
-    Each half is [sin(p·ω), cos(p·ω)] with ω_k = 10000^(−k/(dim/4)), k = 0 … dim/4 − 1. Nothing is learned or
-    stored here, so the same encoder runs on a grid of any size.
+    Each half is [sin(p·ω), cos(p·ω)] with ω_k = 10000^(−k/(dim/4)), k = 0 … dim/4 − 1: no weights.
     """
-    precise = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64  # not on MPS
     n = dim // 4
-    exponents = torch.linspace(0, (1 / n - 1) * math.log(10000), n, dtype=precise, device=device)
-    angles = torch.arange(grid, dtype=precise, device=device)[:, None] * exponents.exp()  # p·ω: [g, D/4]
+    exponents = torch.linspace(0, (1 / n - 1) * math.log(10000), n, dtype=torch.float64)
+    angles = torch.arange(grid)[:, None] * exponents.exp()  # p·ω: [g, D/4]
     line = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # [g, D/2], the places along one axis
     rows, columns = line[:, None].expand(-1, grid, -1), line.expand(grid, -1, -1)  # [g, g, D/2] each
     return torch.cat([rows, columns], dim=2).flatten(0, 1)
@@ -349,6 +347,7 @@ class Encoder(nn.Module):
         self.tokenizer = Tokenizer(config)
         self.mask_token = nn.Parameter(torch.empty(config.dim))
         nn.init.trunc_normal_(self.mask_token, std=1e-6)  # at first a hidden place only says where it is
+        self.register_buffer("positions", position_embedding(config.grid, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i + 1, config.depth) for i in range(config.depth))
 
@@ -357,8 +356,10 @@ class Encoder(nn.Module):
         if visible is not None:
             # In place of the last pool's zeros. That pool masks anyway: one rule for every layer.
             x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))
-        positions = position_embedding(images.shape[-1] // PATCH, x.shape[2], x.device)  # [N, D]
-        x = self.dropout(x + positions.to(self.mask_token.dtype))
+        positions = self.positions  # [N, D]
+        if positions.shape != x.shape[1:]:  # the images have another size
+            positions = position_embedding(images.shape[-1] // PATCH, x.shape[2]).to(positions)
+        x = self.dropout(x + positions)
         for block in self.blocks:
             x = block(x)
         return x
@@ -373,7 +374,7 @@ class Predictor(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.shape = config.tokens, config.dim
+        self.register_buffer("positions", position_embedding(config.grid, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         numbers = range(1, config.predictor_depth + 1)
         self.blocks = nn.ModuleList(Block(config, number, len(numbers)) for number in numbers)
@@ -384,10 +385,9 @@ class Predictor(nn.Module):
             block.shrink(number)
 
     def forward(self, tokens):
-        if tokens.shape[1:] != self.shape:
-            raise InputError(f"tokens are {tuple(tokens.shape)}, they must be [B, N, D], N, D = {self.shape}")
-        positions = position_embedding(math.isqrt(self.shape[0]), self.shape[1], tokens.device)  # [N, D]
-        x = self.dropout(tokens + positions.to(self.head.weight.dtype))  # again: a guess depends on the place
+        if tokens.shape[1:] != self.positions.shape:
+            raise InputError(f"tokens are {[*tokens.shape]}, they must be [B] + {[*self.positions.shape]}")
+        x = self.dropout(tokens + self.positions)  # again: a guess depends on the place
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(F.silu(x)))  # the SiLU before the norm is the paper's
