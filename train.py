@@ -52,7 +52,7 @@ class Recipe(Config):
     cache_side: int = 320  # pixels: a decoded picture is kept squeezed to a square of this side
     skip_bad_images: bool = False  # leave out files that cannot be read, instead of stopping
     pretrain_split: str = "all"  # "all": the test pictures too (never their labels), as the paper; or "train"
-    pictures: int = 0  # how many critters to draw
+    pictures: int = 0  # how many critters to draw; 0 where pictures are read
     epochs: int = 300  # how often each picture is seen
     batch_size: int = 64  # pictures in a step
     lr: float = 5e-4  # the learning rate's peak
@@ -65,7 +65,7 @@ class Recipe(Config):
         self.between(1, 10**9, "epochs", "probe_epochs")
         self.between(2, 10**9, "batch_size")
         drawn = self.dataset == "critters"
-        self.between(20 * drawn, 10**7 * drawn, "pictures")  # of photographs all there are
+        self.between(*((20, 10**7) if drawn else (0, 0)), "pictures")
         for name in PLACES if drawn else ():
             self.require(name, getattr(self, name) == getattr(Recipe, name), "left out: critters are drawn")
         self.between(16, 8192, "cache_side")
@@ -89,7 +89,7 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
     """One step of MIM-JEPA.  → loss and target_std, two scalars on the device
 
     views [2, B, 3, H, H]: both of the same pictures; visible bool [B, N]: what the context encoder sees of
-    the first; schedule: (learning rate, weight decay, momentum); scaler: keeps fp16's gradients above 0.
+    the first; schedule: (learning rate, weight decay, momentum); scaler: lets no fp16 gradient round to 0.
     """
     lr, weight_decay, momentum = schedule
     set_schedule(optimizer, lr, weight_decay)
@@ -109,7 +109,7 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
 def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, end_lr=1e-5, flat=0.72,
               start_decay=0.04, end_decay=0.4, start_momentum=0.996, end_momentum=1.0):
     """(learning rate, weight decay, EMA momentum) of step 1 … total_steps. The first climbs in a line, keeps
-    its peak for the share `flat` of the steps after warm-up, and falls along half a cosine."""
+    its peak for the share `flat` of the steps after warm-up, and falls along half a cosine; two are lines."""
     done = step / total_steps
     weight_decay = start_decay + done * (end_decay - start_decay)
     momentum = start_momentum + done * (end_momentum - start_momentum)
@@ -161,8 +161,9 @@ def crop_and_resize(pixels, crops, out):
     start, length = crops[:, :4].T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
     scale, pixel = length / out, torch.arange(0.5, side, device=crops.device)
     centre = start[..., None] + torch.arange(0.5, out, device=crops.device) * scale[..., None]  # of samples
-    d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
-    d = d.clamp(max=2)  # the distance from a sample to a pixel; further away nothing counts
+    # d: how far a pixel is from a sample, in pixels, or in samples if these are further apart [2, B, out, S]
+    d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]
+    d = d.clamp(max=2)  # further away nothing counts
     near, far = (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # the cubic kernel, a = −½
     inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S], of the crop
     weights = torch.where(d < 1, near, far) * inside[:, :, None]
@@ -223,14 +224,14 @@ def draw_colours(count, generator):
     chosen &= torch.rand(count, 1, generator=generator) < CHANGED
     chosen = chosen[:, [names.index(group) for group in group_of]]  # [count, operations]
     factors = least + (most - least) * torch.rand(count, len(OPERATIONS), generator=generator)
-    order = [[row for row, group in enumerate(group_of) if group == name] for name in names]
-    order = [[rows[i] for i in torch.randperm(len(rows), generator=generator)] for rows in order]
-    order = [order[i] for i in torch.randperm(len(order), generator=generator)]
+    groups = [[number for number, group in enumerate(group_of) if group == name] for name in names]
+    groups = [[group[i] for i in torch.randperm(len(group), generator=generator)] for group in groups]
+    order = [groups[i] for i in torch.randperm(len(groups), generator=generator)]  # [[4], [2, 0, 3, 1], [5]]
     return order, torch.where(chosen, factors, NEUTRAL)
 
 def apply_colours(images, order, factors, functions, at_once):
-    """Apply each operation to each image, by its own factor, in the order drawn. at_once: to all images, as a
-    GPU is fastest, else only to those that change, as a CPU is. It may overwrite `images`."""
+    """Apply the operations, as `functions`, to each image by its own factors, in the order drawn. at_once: to
+    all images, as a GPU is fastest, else only to those that change, as a CPU is. It may change `images`."""
     for numbers in order:
         changed = slice(None) if at_once else (factors[:, numbers] != NEUTRAL[numbers]).any(1)
         part = images[changed]
@@ -242,6 +243,13 @@ def apply_colours(images, order, factors, functions, at_once):
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which everyone uses
 
 # ---- Loader: the batch of a step ---------------------------------------------------------------------------
+
+Pictures = namedtuple("Pictures", "pixels sizes labels train")  # see load_pictures, in part 2
+
+def generator_for(*key):
+    """A torch.Generator for a key: (seed, 0, epoch) order of pictures; (seed, 1, step) crops, colours, masks;
+    (seed, 3, step) dropout; in eval.py (seed, 4) labels, (seed, 10) examples."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 class Loader:
     """Makes batches out of `pictures` (see load_pictures), of which it uses `rows`, long [n], in a new random
@@ -268,10 +276,10 @@ class Loader:
         crops = draw_crops(self.pictures.sizes[rows], self.pictures.pixels.shape[-1], generator)
         mirrored = torch.rand(B, 1, generator=generator) < 0.5  # all views share crop and mirror
         order, factors = draw_colours(self.views * B, generator)
-        mask = recipe.grid, recipe.mask_ratio, recipe.masking, generator
-        visible = self.to_device(sample_masks(B, *mask)) if self.views > 1 else None
+        kind = recipe.grid, recipe.mask_ratio, recipe.masking, generator
+        visible = self.to_device(sample_masks(B, *kind)) if self.views > 1 else None
         drawn = torch.cat([rows[:, None], crops, mirrored], dim=1).repeat(self.views, 1)
-        drawn = self.to_device(torch.cat([drawn, factors], dim=1))  # [V·B, 6 + operations], all as float
+        drawn = self.to_device(torch.cat([drawn, factors], dim=1))  # one transfer: [V·B, 6 + operations]
         images = self.crop(rows, drawn[:B, :6]).repeat(self.views, 1, 1, 1)
         images = apply_colours(images, order, drawn[:, 6:], self.operations, self.device.type != "cpu")
         return self.normalise(images).unflatten(0, (self.views, B)), visible, rows
@@ -291,12 +299,13 @@ class Loader:
         return (tensor.pin_memory() if pin else tensor).to(self.device, non_blocking=pin)
 
 # ---- The program -------------------------------------------------------------------------------------------
-ROW = 50  # steps: metrics.csv gets a row after so many in an epoch, and at the epoch's end
+ROW, SAVE = 50, 60  # a row of metrics.csv after 50 steps in an epoch, and at its end; a save after 60 seconds
 COLUMNS = "epoch step loss learning_rate weight_decay momentum target_std images_per_s".split()
 
 def main(argv=None, stop=None):
     """Train as the command line says.  → exit status: 0, or 128 + the signal that `run` noted in `stop`"""
-    (args, given), stop = read_arguments(argv), stop or SimpleNamespace(signal=0)
+    args, given = read_arguments(argv)  # given: those of the recipe
+    stop = stop or SimpleNamespace(signal=0)
     recipe, out, saved = open_run(args, given)
     machine = choose_machine(args)
     pictures = load_pictures(recipe, device=machine.device)
@@ -307,7 +316,7 @@ def main(argv=None, stop=None):
     loader = Loader(pictures, rows, recipe, machine)
     per_epoch, size = loader.steps_per_epoch, recipe.batch_size
     total_steps = recipe.epochs * per_epoch
-    warmup_steps = min(recipe.epochs, 300) * per_epoch * 40 // 300  # 40, as the paper; below 300 that share
+    warmup_steps = min(recipe.epochs, 300) * per_epoch * 40 // 300  # the paper's 40 of 300 epochs, at most 40
     last_step = min(total_steps, args.max_steps or total_steps)
 
     torch.manual_seed(recipe.seed)
@@ -316,8 +325,8 @@ def main(argv=None, stop=None):
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     digest = hashlib.sha256(pictures.sizes[rows].numpy().tobytes() + pictures.labels[rows].numpy().tobytes())
-    known = f"{len(rows)} pictures, {digest.hexdigest()[:16]}"
-    step, history, sums = restore(saved, parts, known)
+    identity = f"{len(rows)} pictures, {digest.hexdigest()[:16]}"  # who resumes must have the same
+    step, history, sums = restore(saved, parts, identity)
     sums, saved = sums.to(machine.device), None  # the checkpoint's memory is needed
     if machine.compile:  # CUDA graphs: to launch hundreds of kernels takes longer than to run them
         model.compile(fullgraph=True, mode="reduce-overhead")
@@ -342,7 +351,7 @@ def main(argv=None, stop=None):
             epoch, rest = divmod(step, per_epoch)
             keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
             end = stop.signal or step == last_step
-            due = end or keep or time.perf_counter() - saved_at > 60
+            due = end or keep or time.perf_counter() - saved_at > SAVE
             if rest % ROW and not due:
                 continue
             loss, deviation = (sums / (step - row_at)).tolist()  # here we wait for the device
@@ -350,14 +359,14 @@ def main(argv=None, stop=None):
                 raise InputError(f"at step {step:,} the loss is {loss}: lower --lr, or --precision fp32")
             speed = (step - lap[0]) * size / (time.perf_counter() - lap[1])
             row = dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed)))
-            history = [old for old in history if old["step"] <= row_at] + [row]  # in place of a part of it
+            history = [old for old in history if old["step"] <= row_at] + [row]  # not its part, if saved
             if rest % ROW == 0:
                 row_at = step
                 sums.zero_()
             if due:
                 names = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
                 save(out, names, parts, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
-                     history=history, sums=sums, pictures=known)
+                     history=history, sums=sums, pictures=identity)
                 saved_at = time.perf_counter()
             if end:
                 break
@@ -366,16 +375,10 @@ def main(argv=None, stop=None):
     if stop.signal and step < last_step:
         print(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + stop.signal
-    print(f"saved: {out / 'ckpt.pt'} is at step {step:,} of {total_steps:,}. "
-          f"Next: python eval.py {out / 'ckpt.pt'}")
+    print(f"saved: {out / 'ckpt.pt'}, step {step:,}/{total_steps:,}. Next: python eval.py {out / 'ckpt.pt'}")
     return 0
 
 # ---- Part 2: plumbing, skip it on a first reading ----------------------------------------------------------
-
-def generator_for(*key):
-    """A torch.Generator for a key: (seed, 0, epoch) order of pictures; (seed, 1, step) crops, colours, masks;
-    (seed, 3, step) dropout; in eval.py (seed, 4) labels, (seed, 10) examples."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 # ---- Critters: a data set drawn by the computer ------------------------------------------------------------
 
@@ -533,8 +536,6 @@ def to_rgb(image):
 # Decoding a JPEG costs more than a GPU's step on it, so it happens once. Each picture is squeezed to a
 # square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
 
-Pictures = namedtuple("Pictures", "pixels sizes labels train")
-
 def load_pictures(recipe, folder=None, device=torch.device("cpu")):
     """All pictures of a recipe: pixels uint8 [n, 3, S, S]; sizes float [n, 2], true width and height; labels
     long [n], −1 for none; train: the first `train` are the training split. A GPU holds the pixels if a third
@@ -625,13 +626,12 @@ def save(out, names, parts, history, **state):
     except InputError as error:  # a spreadsheet has it open, say: no reason to stop
         tqdm.write(f"warning: {error}")
 
-def restore(saved, parts, known):
-    """Put all that changes in training back to where `save` found it.  → step; history, the rows of
-    metrics.csv; sums [2] of loss and target_std since the last whole row"""
+def restore(saved, parts, identity):
+    """Put back what `save` saved.  → step; metrics.csv's rows; sums [2] of loss, target_std after the last"""
     if saved is None:
         return 0, [], torch.zeros(2)
-    if (had := saved["pictures"]) != known:
-        raise InputError(f"the run had {had}, not {known}: put them back, or name another --out")
+    if (had := saved["pictures"]) != identity:
+        raise InputError(f"the run had {had}, not {identity}: put them back, or name another --out")
     for name, part in parts.items():
         if name != "scaler" or saved[name]:  # bf16 and fp32 leave none: fp16 then begins its own
             part.load_state_dict(saved[name])
