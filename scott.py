@@ -359,7 +359,7 @@ class Encoder(nn.Module):
         positions = self.positions  # [N, D]
         if positions.shape != x.shape[1:]:  # the images have another size
             positions = position_embedding(images.shape[-1] // PATCH, x.shape[2]).to(positions)
-        x = self.dropout(x + positions)
+        x = self.dropout(x + positions.to(self.mask_token.dtype))
         for block in self.blocks:
             x = block(x)
         return x

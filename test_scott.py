@@ -33,6 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 import eval as probing
 import scott
 import train
+from eval import enlarged
 from scott import MIMJEPA, Config, Encoder, InputError, Predictor, Tokenizer, count_visible, jepa_loss
 from scott import layer_norm, load_checkpoint, load_encoder, position_embedding, sample_masks
 
@@ -45,11 +46,6 @@ CPU = train.Machine(torch.device("cpu"), None, False, nullcontext)
 def own_folder_and_the_same_numbers_every_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-
-def enlarged(visible, side):
-    """A mask [B, N] in pixels: bool [B, 1, side, side]."""
-    grid, cell = math.isqrt(visible.shape[1]), side // math.isqrt(visible.shape[1])
-    return visible.view(-1, 1, grid, grid).repeat_interleave(cell, dim=2).repeat_interleave(cell, dim=3)
 
 def batch():
     return torch.randn(4, 3, 96, 96), torch.randn(4, 3, 96, 96), sample_masks(4, 6)
@@ -151,7 +147,6 @@ def test_attention_drops_weights_and_is_the_same_on_a_cpu_and_on_a_gpu():
     assert torch.allclose(*results, atol=1e-5)
 
 def plain_block(block, x, heads):
-    """A block written out: attention and SwiGLU by their formulas."""
     D, outputs = x.shape[-1], []
     q, k, v = (F.layer_norm(x, (D,)) @ block.attention.qkv.weight.T).split(D, dim=-1)
     for q, k, v in zip(q.split(D // heads, -1), k.split(D // heads, -1), v.split(D // heads, -1)):
@@ -263,7 +258,6 @@ def test_training_compiles_to_one_graph_with_the_same_gradients():
     assert (gradients[0] - gradients[1]).norm() < 3e-2 * gradients[0].norm()
 
 def test_the_readme_quotes_the_source_and_what_the_demonstration_prints(capsys):
-    """`python scott.py`, line by line."""
     readme = (HERE / "README.md").read_text()
     source = "".join((HERE / name).read_text() for name in ("scott.py", "train.py", "eval.py"))
     quotes = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
@@ -393,8 +387,7 @@ BLACK_IS_0, WHITE_IS_0 = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1
     (encoded(DEEP, "TIFF", exif=ON_ITS_SIDE), np.rot90(GREY, -1)),
     (encoded(65535 - DEEP, "TIFF").replace(BLACK_IS_0, WHITE_IS_0), GREY),
     (DEEP_32, None), (encoded(DEEP.astype(np.float32), "TIFF"), None),
-    (encoded(GREY, "TIFF", tiffinfo={339: 2}), None),  # signed, of 8 bits
-    (encoded(COLOUR, "JPEG")[:400], None), (b"", None),
+    (encoded(GREY, "TIFF", tiffinfo={339: 2}), None), (encoded(COLOUR, "JPEG")[:400], None), (b"", None),
 ])
 def test_odd_pictures_are_read_right_and_upright_or_refused_where_their_scale_is_unknown(content, expected):
     Path("picture").write_bytes(content)
@@ -409,7 +402,6 @@ def test_odd_pictures_are_read_right_and_upright_or_refused_where_their_scale_is
 
 @pytest.fixture
 def photos():
-    """Two pictures in a folder, and where their decoded form will be kept."""
     save_picture("photos/a.png", 1, size=(80, 40))
     save_picture("photos/b.png", 2, size=(30, 90))
     return Path("photos/cache")
@@ -425,7 +417,8 @@ def test_pictures_are_kept_whole_and_decoded_again_only_if_they_or_their_file_ch
     [file] = photos.iterdir()
     size = file.stat().st_size
     cuts = (partial(os.truncate, file, cut) for cut in (0, size // 2, size - 1))  # or between two records
-    for number, damage in enumerate((file.exists, file.unlink, *cuts), start=1):
+    touch = partial(os.utime, "photos/b.png", (1, 1))
+    for number, damage in enumerate((file.exists, file.unlink, *cuts, touch), start=1):
         damage()
         assert torch.equal(load().pixels, pictures.pixels) and decode.call_count == 2 * number
     save_picture("photos/b.png", 3, size=(30, 60))
@@ -575,14 +568,12 @@ def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_takes_every_picture
 # ---- Training ----------------------------------------------------------------------------------------------
 
 def refused(program, *arguments):
-    """The line in which a command line is refused."""
     with pytest.raises((InputError, OSError)) as refusal:
         program.main([str(argument) for argument in arguments])
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
 
 def kept(run):
-    """What a checkpoint holds, but for times."""
     saved = load_checkpoint(f"{run}/ckpt.pt")
     rows = [{**row, "images_per_s": 0} for row in saved["history"]]
     return [rows, *(saved[name] for name in ("model", "optimizer", "scaler", "step", "sums"))]
@@ -596,9 +587,10 @@ def test_schedules_at_their_corners_and_a_warm_up_of_40_epochs_or_of_a_short_run
     for t in (1, T // 2, T):
         assert train.schedules(t, T, W)[1:] == pytest.approx((0.04 + 0.36 * t / T, 0.996 + 0.004 * t / T))
     for epochs in (1, 30, 300, 900):
-        first = trained(f"--epochs {epochs} --max-steps 1", str(epochs))["optimizer"]["param_groups"][0]["lr"]
+        first, other = trained(f"--epochs {epochs} --max-steps 1", str(epochs))["optimizer"]["param_groups"]
         warmup_steps = 5 * min(epochs * 40 / 300, 40)
-        assert first == pytest.approx(min(3e-4, 1e-6 + (3e-4 - 1e-6) / warmup_steps), rel=1e-9)
+        assert first["lr"] == pytest.approx(min(3e-4, 1e-6 + (3e-4 - 1e-6) / warmup_steps), rel=1e-9)
+        assert other["lr"] == first["lr"] and other["weight_decay"] == 0 < first["weight_decay"]
 
 def test_a_step_of_training_is_the_papers():
     """Three steps of train.py, and the same written out: target, loss, AdamW, schedules, moving average."""
@@ -637,15 +629,13 @@ def test_a_run_is_saved_on_the_clock_and_a_row_is_the_mean_of_its_steps_and_thei
         losses.append(loss.item())
         return loss, deviation
 
-    monkeypatch.setattr(train, "time", clock)
-    monkeypatch.setattr(train, "ROW", 4)
-    monkeypatch.setattr(train, "train_step", slow_step)
     def slow_save(*arguments, **state):
         clock.now += 100
         saved.append(state["step"])
         save(*arguments, **state)
 
-    monkeypatch.setattr(train, "save", slow_save)
+    for name, value in dict(time=clock, ROW=4, train_step=slow_step, save=slow_save).items():
+        monkeypatch.setattr(train, name, value)
     trained("--epochs 9 --keep-every 4")
     assert saved == [1, 10, 19, 20, 29, 38, 40, 45] and load_checkpoint("run/ckpt-0004.pt")["step"] == 20
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
@@ -694,7 +684,7 @@ def test_a_signal_ends_at_once_before_training_heeds_it_and_when_it_comes_twice(
         train.run(main)
     assert noted == [signal.SIGTERM, signal.SIGTERM] * heeded  # a closing terminal may add its own
 
-def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_pictures():
+def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_pictures(monkeypatch, capsys):
     labelled_folder("photos")
     trained("--dataset folder --data-dir photos --max-steps 1", base=TINY)
     some = trained("--dataset folder --data-dir photos --max-steps 1 --pretrain-split train", "some", TINY)
@@ -712,6 +702,13 @@ def test_a_run_goes_on_without_its_flags_but_not_as_another_run_nor_with_other_p
     picture.write_bytes(b"damaged")
     assert "29 pictures" in refused(train, *resume.split(), "4", "--out", "run", "--skip-bad-images")
     assert Path("run/ckpt.pt").read_bytes() == before
+    monkeypatch.setattr(probing, "draw_run", draw := Mock())
+    probing.main("run/ckpt.pt --data-dir moved --skip-bad-images --epochs 0 --device cpu".split())
+    assert "18 training and 11 test" in capsys.readouterr().out and len(draw.call_args.args[2].rows) == 29
+    save_picture(picture, 21)
+    for split in ("train", "test"):  # no file is another, but two classes are one
+        Path(f"moved/{split}/species 1").rename(f"moved/{split}/species 0/x")
+    assert "30 pictures" in refused(train, *resume.split(), "4", "--out", "run")
 
 @pytest.mark.parametrize("precision, digits", [("bf16", 8), ("fp16", 11)])
 def test_half_precision_trains_like_full_precision_and_a_run_may_change_to_it(precision, digits):
@@ -731,6 +728,7 @@ def test_the_readmes_lines_turn_pictures_into_features_and_its_commands_are_unde
     probe = "runs/folder/ckpt.pt --no-baseline --no-pca --encoder target --epochs 1 --device cpu".split()
     assert "train/<class>" in refused(probing, *probe)  # no labels here, but
     assert probing.main([*probe, "--data-dir", "photos"]) == 0 and not Path("runs/folder/pca.png").exists()
+    assert [*json.load(open("runs/folder/eval.json"))["results"]] == ["trained"]
     commands = re.findall(r"python (train|eval)\.py([^#\n&`;|]*)", readme)
     for program, arguments in commands:
         if "--help" not in arguments:
@@ -739,8 +737,9 @@ def test_the_readmes_lines_turn_pictures_into_features_and_its_commands_are_unde
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, count", [("simple", 14_630), ("multi-head", 313_001), ("cross", 1_786_405)])
-def test_a_probe_has_the_papers_layers_and_learns_which_tokens_matter(name, count):
+@pytest.mark.parametrize("name, count, drops", [
+    ("simple", 14_630, 2), ("multi-head", 313_001, 3), ("cross", 1_786_405, 2)])
+def test_a_probe_has_the_papers_layers_and_learns_which_tokens_matter(monkeypatch, name, count, drops):
     """One token in nine says the class, the others are noise: only attention to it solves the task."""
     assert sum(p.numel() for p in probing.PROBES[name](384, 37).parameters()) == count
     probe = probing.PROBES[name](16, 4)
@@ -755,9 +754,11 @@ def test_a_probe_has_the_papers_layers_and_learns_which_tokens_matter(name, coun
     scores = probe.eval()(tokens)
     assert scores.shape == (64, 4) and (scores.argmax(1) == labels).float().mean() > 0.8
     assert torch.allclose(probe(tokens.flip(1)), scores, atol=1e-4)  # a set of tokens has no order
+    monkeypatch.setattr(F, "dropout", dropout := Mock(side_effect=lambda x, *_: x))
+    probe.train()(tokens)
+    assert [call.args[1] for call in dropout.call_args_list] == [0.2] * drops
 
 def data_of(brightness, labels, training):
-    """Plain pictures of some brightness, as probes take them."""
     pixels = torch.tensor(brightness, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 32, 32)
     pictures = train.Pictures(pixels, torch.full((len(labels), 2), 32.0), torch.tensor(labels), training)
     return probing.split_data(pictures, train.Recipe(pictures=20, image_size=32, seed=0), CPU)
@@ -782,6 +783,7 @@ def test_the_linear_probe_is_the_optimum_of_standardised_logistic_regression_wit
     labels, scale = torch.arange(90) % 3, torch.logspace(-2, 2, 5)
     points = (torch.randn(90, 5) + 2 * torch.eye(5)[labels]) * scale + 3 * scale
     scores = probing.linear(points, labels, points, classes=3)
+    assert torch.allclose(probing.linear(points, labels, points[:9], classes=3), scores[:9], atol=1e-4)
     x = (points - points.mean(0)) / points.std(0)
     weight = torch.linalg.lstsq(torch.cat([x, torch.ones(90, 1)], 1), scores).solution[:5]
     error = scores.softmax(1) - F.one_hot(labels)
@@ -800,10 +802,12 @@ def test_probing_reads_normalised_tokens_leaves_the_encoder_alone_and_sees_no_te
         pictures.labels[30:] = (pictures.labels[30:] + shift) % 10
         data = probing.split_data(pictures, recipe, CPU)
         features = probing.Features(encoder.train(), data.loader, CPU)  # which drops nothing out
-        results.append(probing.evaluate(features, data, 2, 47)[0])
+        results.append(probing.evaluate(features, data, 2, 47))
         states.append(torch.get_rng_state())
         assert torch.equal(features(images), normalised)
-    assert results[0] != results[1] and torch.equal(*states)
+    assert results[0][0] != results[1][0] and torch.equal(*states)
+    first = features(data.loader.normalise(probing.central_views(data.loader, data.train[:1])))
+    assert torch.allclose(results[0][1][0], first.mean(1), atol=1e-5)
     assert all(map(torch.equal, *(call.args[0] for call in optimizer.call_args_list)))
     recipes = recipe, replace(recipe, seed=48)
     few, others = (probing.split_data(pictures, recipe, CPU, per_class=2) for recipe in recipes)
@@ -825,12 +829,12 @@ def test_supervised_training_moves_the_encoder_and_learns_after_a_warm_up(monkey
     rates, step = [], torch.optim.AdamW.step
     spy = lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    data = data_of([80, 180] * 30 + [180, 80] * 10, [0, 1] * 30 + [1, 0] * 10, 60)  # 20 to test on
+    data = data_of([80, 180] * 38 + [180, 80] * 2, [0, 1] * 30 + [0, 1] * 10, 60)  # 20 to test on, 4 are odd
     recipe = train.Recipe(**vars(STILL) | dict(image_size=32, depth=1, pictures=20, epochs=30, lr=3e-3))
     encoder = Encoder(recipe).requires_grad_(False)  # as load_encoder gives it
     weight = encoder.blocks[0].mlp.w3.weight.clone()
     figures = probing.supervise(encoder, data, recipe, CPU)
-    assert figures["simple"][0] == 100 and not torch.equal(weight, encoder.blocks[0].mlp.w3.weight)
+    assert figures["simple"][0] == 80 and not torch.equal(weight, encoder.blocks[0].mlp.w3.weight)
     assert rates.index(3e-3) + 1 == 4 and max(rates) == 3e-3 and len(rates) == 30
     rates.clear()
     probing.evaluate(probing.Features(encoder, data.loader, CPU), data, 10, 0)

@@ -66,7 +66,7 @@ class Recipe(Config):
         self.between(2, 10**9, "batch_size")
         drawn = self.dataset == "critters"
         self.between(*((20, 10**7) if drawn else (0, 0)), "pictures")
-        for name in PLACES if drawn else ():
+        for name in ("data_dir", "cache_dir") if drawn else ():
             self.require(name, getattr(self, name) == getattr(Recipe, name), "left out: critters are drawn")
         self.between(16, 8192, "cache_side")
         self.between(1e-5, 1e3, "lr")
@@ -161,9 +161,8 @@ def crop_and_resize(pixels, crops, out):
     start, length = crops[:, :4].T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
     scale, pixel = length / out, torch.arange(0.5, side, device=crops.device)
     centre = start[..., None] + torch.arange(0.5, out, device=crops.device) * scale[..., None]  # of samples
-    # d: how far a pixel is from a sample, in pixels, or in samples if these are further apart [2, B, out, S]
-    d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]
-    d = d.clamp(max=2)  # further away nothing counts
+    d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
+    d = d.clamp(max=2)  # from pixel to sample, in pixels or, if wider, samples; further away nothing counts
     near, far = (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # the cubic kernel, a = −½
     inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S], of the crop
     weights = torch.where(d < 1, near, far) * inside[:, :, None]
@@ -371,7 +370,6 @@ def main(argv=None, stop=None):
             if end:
                 break
             lap = step, time.perf_counter()
-    stop.heeded = False  # a notebook goes on: its Ctrl-C interrupts again
     if stop.signal and step < last_step:
         print(f"stopped and saved at step {step:,}; go on with --resume")
         return 128 + stop.signal
@@ -385,7 +383,6 @@ def main(argv=None, stop=None):
 # A species is a plan of six parts, drawn at random from its name: add yours. Each of three colours dresses
 # two parts, which two belongs to the species, and all else comes from the picture's seed. So who recognises a
 # species by what is in sight knows, say, that its hidden legs are coloured like the ears.
-
 SPECIES = "tigrot mousen puffit foxel cyclox zebbit moodle bumbear dashel wuffle".split()
 COLOURS = "black gray brown red orange gold olive green turquoise skyblue blue purple violet pink".split()
 
@@ -460,8 +457,7 @@ def open_datasets(recipe):
     return parts
 
 def find_files(folder, seen):
-    """Yield the files below a folder, in the same order on every system, but none that belong to programs.
-    Links are followed, but not to real paths that were `seen`, a set which grows."""
+    """Files below a folder, in one order everywhere, but programs' own. What was `seen` is taken once."""
     paths = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
     for path in () if folder / "ckpt.pt" in paths else paths:  # figures of a run are no pictures
         real, hidden = os.path.realpath(path), path.name[0] in ".@" or path.name == "__MACOSX"
@@ -553,7 +549,7 @@ def load_pictures(recipe, folder=None, device=torch.device("cpu")):
         if not path.exists() or path.stat().st_size != len(pictures) * record.itemsize:
             print(f"decoding {len(pictures):,} pictures once, to {path}. Delete older ones as you like")
             write_file(path, decode, "free some room, lower --cache-side, or name another --cache-dir")
-        records = np.memmap(path, record, "r+")
+        records = np.memmap(path, record, "r+" if os.access(path, os.W_OK) else "r")
     sizes, labels = (torch.from_numpy(records[name].copy()) for name in ("size", "label"))
     if bad := int((sizes[:, 0] == 0).sum()):
         print(f"{bad} bad files are left out; if they are mended, delete {path}")
@@ -611,7 +607,8 @@ def write_file(path, write, advice="make room, or make it writable; train.py goe
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): {advice}") from None
     finally:
-        building.unlink(missing_ok=True)
+        with suppress(OSError):
+            building.unlink()
 
 def save(out, names, parts, history, **state):
     """Write the run as it is, to checkpoints of these names, and its rows to metrics.csv."""
@@ -738,13 +735,16 @@ def run(program):
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has two of them
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup's
             signal.signal(getattr(signal, name), hear)
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # some terminals know few letters
     try:
         raise SystemExit(program(stop=stop))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (InputError, OSError, MemoryError, UnicodeEncodeError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("error:", str(error).replace("\n", "\\n") or "out of memory", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        stop.heeded = False  # a notebook goes on: its Ctrl-C interrupts again
 
 if __name__ == "__main__":
     run(main)
