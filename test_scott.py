@@ -923,7 +923,7 @@ def test_tensors_of_wrong_shapes_or_types_are_refused(part, shapes):
 
 @pytest.mark.parametrize("arguments, says", [
     ("--dataset cats", "dataset is 'cats'"), ("--dataset folder", "no folder data"), ("--lr nan", "lr is"),
-    ("--data-dir .", "no pictures in"), ("--dataset critters --data-dir .", "data_dir is"),
+    ("--data-dir .", "no pictures in"), ("--dataset critters --data-dir .", "leave out"),
     ("--epochs 0", "epochs is"), ("--seed -1", "seed is"), ("--depth 0", "depth is"), ("--dim 30", "dim is"),
     ("--heads 5", "dim is"), ("--image-size 100", "image_size is"), ("--tokenizer conv", "tokenizer is"),
     ("--masking bloc", "masking is"), ("--mask-ratio 0", "mask_ratio is"), ("--mask-ratio 1", "mask_ratio"),

@@ -43,7 +43,7 @@ from scott import FORMAT, MIMJEPA, Config, InputError, load_checkpoint, sample_m
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """Config's settings, and these. Defaults are the paper's; `default_recipe` adds those in DIFFERS."""
+    """Config's settings and these: kept with a run. Defaults are the paper's, but for those in DIFFERS."""
 
     dataset: str = "critters"  # "critters", a name in LIBRARY (part 2), "imagenet100" or "folder"
     data_dir: str = "data"  # where the pictures are, or will be downloaded to
@@ -63,10 +63,8 @@ class Recipe(Config):
         super().__post_init__()
         self.between(1, 10**9, "epochs", "probe_epochs")
         self.between(2, 10**9, "batch_size")
-        drawn = self.dataset == "critters"
-        self.between(*((20, 10**7) if drawn else (0, 0)), "pictures")
-        for name in ("data_dir", "cache_dir") if drawn else ():
-            self.require(name, getattr(self, name) == getattr(Recipe, name), "left out: critters are drawn")
+        count = range(20, 10**7) if self.dataset == "critters" else [0]
+        self.require("pictures", self.pictures in count, "20 or more for critters, and only for them")
         self.between(16, 8192, "cache_side")
         self.between(1e-5, 1e3, "lr")
         self.between(0, 1, "momentum")
@@ -676,6 +674,8 @@ PLACES = "data_dir", "cache_dir", "skip_bad_images"  # of a recipe: these may ch
 def default_recipe(given):
     """The recipe with these settings. Whoever names a folder, and no data set, means the folder."""
     dataset = given.get("dataset", "folder" if "data_dir" in given else "critters")
+    if dataset == "critters" and {"data_dir", "cache_dir"} & {*given}:
+        raise InputError("critters are drawn: leave out --data-dir and --cache-dir, or name a --dataset")
     return Recipe(**DIFFERS.get(dataset, {}) | given | {"dataset": dataset})
 
 def open_run(args, given):
@@ -689,7 +689,7 @@ def open_run(args, given):
     saved = load_checkpoint(out / "ckpt.pt")
     recipe = Recipe(**saved["recipe"])
     for name, value in given.items():
-        if value != getattr(recipe, name) and name not in PLACES:
+        if value != getattr(recipe, name) and (name not in PLACES or recipe.dataset == "critters"):
             raise InputError(f"{out} has {name} {getattr(recipe, name)}, not {value}: name another --out")
     return replace(recipe, **given), out, saved
 
