@@ -359,7 +359,7 @@ def main(argv=None, stop=None):
                 raise InputError(f"at step {step:,} the loss is {loss}: lower --lr, or --precision fp32")
             speed = (step - lap[0]) * size / (time.perf_counter() - lap[1])
             row = dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed)))
-            history = [old for old in history if old["step"] <= row_at] + [row]  # not its part, if saved
+            history = [old for old in history if old["step"] <= row_at] + [row]  # a save may have left a part
             if rest % ROW == 0:
                 row_at = step
                 sums.zero_()
@@ -705,7 +705,7 @@ def choose_machine(args):
     except Exception as error:  # each kind of device has its own
         raise InputError(f"cannot use {name} ({str(error)[:80]}): name another --device, as cpu") from None
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    precision, compile = "fp32", False  # it needs Triton, which Windows and old GPUs lack
+    precision, compile = "fp32", False  # compiling needs Triton, which Windows and old GPUs lack
     if device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         compile = bool(find_spec("triton")) and torch.cuda.get_device_capability(device) >= (7, 0)
