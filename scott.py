@@ -149,9 +149,8 @@ def hide(x, visible):
     if visible is None:
         return x
     cell = x.shape[-1] // visible.shape[-1]  # pixels of this feature map along the side of one token's cell
-    cells = x.unflatten(3, (-1, cell)).unflatten(2, (-1, cell))  # [B, C, g, cell, g, cell]
-    cells = torch.where(visible[:, :, :, None, :, None], cells, 0)  # not x · visible: 0 · NaN is NaN
-    return cells.flatten(4).flatten(2, 3)
+    visible = visible[:, :, :, None, :, None].expand(-1, -1, -1, cell, -1, cell)  # [B, 1, g, cell, g, cell]
+    return torch.where(visible.flatten(4).flatten(2, 3), x, 0)  # not x · visible: 0 · NaN is NaN
 
 class MaskedConv2d(nn.Conv2d):
     """A convolution that forgets what it smeared across the mask.
@@ -406,7 +405,7 @@ def jepa_loss(prediction, target, visible):
     if shapes[0] != shapes[1] or shapes[2] != shapes[0][:2] or visible.dtype != torch.bool:
         raise InputError(f"shapes are {shapes} ({visible.dtype}), must be [B, N, D] twice and bool [B, N]")
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(dim=2)  # [B, N]
-    return (torch.where(visible, 0, error).sum(dim=1) / (~visible).sum(dim=1)).mean()
+    return (torch.where(visible, 0, error).sum(dim=1) / (~visible).float().sum(dim=1)).mean()
 
 @torch.no_grad()
 def target_deviation(target):
@@ -458,7 +457,7 @@ class MIMJEPA(nn.Module):
 
 # ---- Using a trained encoder -------------------------------------------------------------------------------
 
-FORMAT = "scott-mim-jepa 4"  # what a checkpoint of this code says it is
+FORMAT = "scott-mim-jepa 5"  # what a checkpoint of this code says it is
 
 def load_checkpoint(path):
     """Read what train.py saved: a dict of tensors and plain types. InputError if it is anything else."""

@@ -79,6 +79,7 @@ DIFFERS = {  # where the defaults of a data set are not the paper's, but what tw
     "critters": SMALL | dict(cache_side=64, mask_ratio=0.5, pictures=8000, epochs=13, probe_epochs=4),
     "imagenette": SMALL | dict(cache_side=160, pretrain_split="train", epochs=120, probe_epochs=10),
 }
+PLACES = "data_dir", "cache_dir", "skip_bad_images"  # these settings may change when a run goes on
 
 # ---- One step of training: all the rest serves it ----------------------------------------------------------
 
@@ -99,7 +100,7 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
     scaler.update()
     optimizer.zero_grad()
     model.update_target(momentum)  # the target encoder follows slowly
-    return loss.detach(), target_deviation(target)
+    return loss.detach().clone(), target_deviation(target)  # CUDA graphs write each loss to the same place
 
 # ---- Schedules and optimiser -------------------------------------------------------------------------------
 
@@ -151,9 +152,16 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
+def crop(pixels, drawn, out, copies):
+    """Crops of `pixels`, uint8 [n, 3, S, S], each resized to a square of side `out`.
+    drawn [B, 6]: row, left, top, width, height, mirrored or not → [copies · B, 3, out, out], 0 to 1"""
+    resize = crop_and_resize if drawn.device.type == "cpu" else crop_by_products
+    images = resize(pixels[drawn[:, 0].long()], drawn[:, 1:5], out)
+    images = torch.where(drawn[:, 5, None, None, None] == 1, images.flip(3), images)
+    return images.repeat(copies, 1, 1, 1)
+
 def crop_and_resize(pixels, crops, out):
-    """Antialiased bicubic interpolation, picture by picture: fastest on a CPU. It rounds to whole levels.
-    pixels uint8 [B, 3, S, S], crops [B, 4]: left, top, width, height → [B, 3, out, out], 0 to 1"""
+    """Antialiased bicubic interpolation, picture by picture: fastest on a CPU. It rounds to whole levels."""
     parts = (p[None, :, y : y + h, x : x + w] for p, (x, y, w, h) in zip(pixels, crops.long().tolist()))
     parts = (F.interpolate(part, size=(out, out), mode="bicubic", antialias=True) for part in parts)
     return torch.cat([*parts]) / 255
@@ -161,18 +169,19 @@ def crop_and_resize(pixels, crops, out):
 def crop_by_products(pixels, crops, out):
     """The same without rounding, as two matrix products per picture, for columns and rows: for a GPU."""
     side = pixels.shape[-1]
-    start, length = crops.T.unflatten(0, (2, 2))  # [2, B] each: of x, then of y
-    scale, pixel = length / out, torch.arange(0.5, side, device=crops.device)
-    centre = start[..., None] + torch.arange(0.5, out, device=crops.device) * scale[..., None]  # of samples
-    d = (pixel - centre[..., None]).abs() / scale.clamp(min=1)[..., None, None]  # [2, B, out, S]
+    start, length = crops.T.reshape(2, 2, -1, 1, 1)  # [2, B, 1, 1] each: of x, then of y
+    pixel, sample = (torch.arange(0.5, count, device=crops.device) for count in (side, out))
+    scale = length / out  # pixels per sample
+    d = (pixel - start - sample[:, None] * scale).abs() / scale.clamp(min=1)  # [2, B, out, S]
     d = d.clamp(max=2)  # from pixel to sample, in pixels or, if wider, samples; further away nothing counts
     near, far = (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # the cubic kernel, a = −½
-    inside = (pixel > start[..., None]) & (pixel < (start + length)[..., None])  # [2, B, S], of the crop
-    weights = torch.where(d < 1, near, far) * inside[:, :, None]
+    inside = (pixel > start) & (pixel < start + length)  # [2, B, 1, S]
+    weights = torch.where(d < 1, near, far) * inside
     across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
     images = (pixels / 255).flatten(1, 2) @ across.mT  # [B, 3·S, out]
     images = images.clamp(0, 1).unflatten(1, (3, side))  # as Pillow does between its two passes
-    return (down[:, None] @ images).clamp(0, 1)  # [B, 3, out, out]
+    images = down @ images.transpose(1, 2).flatten(2)  # [B, out, 3·out]
+    return images.unflatten(2, (3, out)).transpose(1, 2).clamp(0, 1)  # [B, 3, out, out]
 
 # ---- Views: colours. Images [B, 3, H, H] from 0 to 1, a factor [B, 1, 1, 1] for each -----------------------
 
@@ -180,7 +189,7 @@ def brightness(images, factor):
     return (images * factor).clamp(0, 1)
 
 def contrast(images, factor):
-    return torch.lerp(rgb_to_grayscale(images).mean((2, 3), keepdim=True), images, factor).clamp(0, 1)
+    return torch.lerp(rgb_to_grayscale(images.mean((2, 3), keepdim=True)), images, factor).clamp(0, 1)
 
 def saturation(images, factor):
     return torch.lerp(rgb_to_grayscale(images), images, factor).clamp(0, 1)
@@ -197,11 +206,12 @@ def hue(images, shift):
 
 def blur(images, sigma):
     """9×9 Gaussian blur, a sigma for each image. Borders are reflected. Along an axis it is a matrix."""
-    side, offset = images.shape[-1], torch.arange(-4, 5, device=images.device)
-    weights = torch.softmax(-0.5 * (offset / sigma.view(-1, 1)) ** 2, dim=1)  # [B, 9]
-    shifted = F.pad(torch.eye(side, device=images.device)[None], (4, 4), mode="reflect").unfold(2, 9, 1)[0]
-    matrix = (shifted @ weights.T).permute(2, 1, 0)[:, None]  # [B, 1, H, H]: the blurred identity
-    return matrix @ images @ matrix.mT
+    images = F.pad(images, (4, 4, 4, 4), mode="reflect")  # [B, 3, H + 8, H + 8]
+    pixel = torch.arange(images.shape[-1], device=images.device)
+    distance = pixel - pixel[4:-4, None]  # [H, H + 8]
+    weights = -0.5 * (distance / sigma.expand(-1, 3, 1, 1)) ** 2
+    weights = torch.where(distance.abs() > 4, -math.inf, weights).softmax(dim=3)  # [B, 3, H, H + 8]
+    return weights @ images @ weights.mT
 
 # A view is changed with probability CHANGED; if so, each group of operations acts with its own.
 CHANGED, GROUPS = 0.6, {"jitter": 0.8, "grey": 0.1, "blur": 0.3}
@@ -240,11 +250,11 @@ def apply_colours(images, order, factors, functions, at_once):
         images = part if at_once else images.index_put_((changed,), part)
     return images
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which everyone uses
-
 # ---- Loader: the batch of a step ---------------------------------------------------------------------------
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, which everyone uses
 Pictures = namedtuple("Pictures", "pixels sizes labels train")  # see load_pictures, in part 2
+Machine = namedtuple("Machine", "device dtype compile autocast")  # see choose_machine, in part 2
 
 def generator_for(*key):
     """A torch.Generator for a key: (seed, 0, epoch) order of pictures; (seed, 1, step) crops, colours, masks;
@@ -262,8 +272,9 @@ class Loader:
         self.mean, self.std = torch.tensor([MEAN, STD], device=machine.device).view(2, 3, 1, 1)
         # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
-        self.crop_and_resize = compiled(crop_by_products) if self.device.type != "cpu" else crop_and_resize
+        self.crop_on_device = compiled(crop) if self.device.type != "cpu" else crop
         self.operations = [compiled(operation[1]) for operation in OPERATIONS]
+        self.normalise = compiled(lambda images: (images - self.mean) / self.std)
 
     def batch(self, step):
         """(views [V, B, 3, H, H]; visible bool [B, N], for the first view, or None; which pictures, [B]). All
@@ -279,20 +290,17 @@ class Loader:
         visible = self.to_device(sample_masks(B, *kind)) if self.views > 1 else None
         drawn = torch.cat([rows[:, None], crops, mirrored], dim=1).repeat(self.views, 1)
         drawn = self.to_device(torch.cat([drawn, factors], dim=1))  # one transfer: [V·B, 6 + operations]
-        images = self.crop(rows, drawn[:B, :6]).repeat(self.views, 1, 1, 1)
+        images = self.crop(rows, drawn[:B, :6], self.views)
         images = apply_colours(images, order, drawn[:, 6:], self.operations, self.device.type != "cpu")
         return self.normalise(images).unflatten(0, (self.views, B)), visible, rows
 
-    def crop(self, rows, drawn):
-        """Crops [B, 3, H, H] of these pictures. drawn [B, 6], on the device: row, crop, mirrored or not."""
-        pixels = self.pictures.pixels  # on the device, or beside it where it has no room for all
-        at_hand = pixels.device == drawn.device
-        pixels = pixels[drawn[:, 0].long()] if at_hand else self.to_device(pixels.index_select(0, rows))
-        images = self.crop_and_resize(pixels, drawn[:, 1:5], self.recipe.image_size)
-        return torch.where(drawn[:, 5].view(-1, 1, 1, 1) == 1, images.flip(3), images)
-
-    def normalise(self, images):
-        return (images - self.mean) / self.std
+    def crop(self, rows, drawn, copies=1):
+        """`crop` of these rows. drawn [B, 6] is on the device. → [copies · B, 3, H, H]"""
+        pixels = self.pictures.pixels
+        if pixels.device != drawn.device:  # which has no room for all: only the batch goes there
+            pixels = self.to_device(pixels.index_select(0, rows))
+            drawn[:, 0] = torch.arange(len(rows), device=drawn.device)
+        return self.crop_on_device(pixels, drawn, self.recipe.image_size, copies)
 
     def to_device(self, tensor):
         pin = self.device.type == "cuda"  # only from pinned memory a GPU copies while we go on
@@ -326,8 +334,8 @@ def main(argv=None, stop=None):
     parts = dict(model=model, optimizer=optimizer, scaler=scaler)
     digest = hashlib.sha256(pictures.sizes[rows].numpy().tobytes() + pictures.labels[rows].numpy().tobytes())
     identity = f"{len(rows)} pictures, {digest.hexdigest()[:16]}"  # who resumes must have the same
-    step, history, sums = restore(saved, parts, identity)
-    sums, saved = sums.to(machine.device), None  # the checkpoint's memory is needed
+    step, history, recent = restore(saved, parts, identity)
+    recent, saved = [*map(tuple, recent.to(machine.device))], None  # the checkpoint's memory is needed
     if machine.compile:  # CUDA graphs: to launch hundreds of kernels takes longer than to run them
         model.compile(fullgraph=True, mode="reduce-overhead")
     out.mkdir(parents=True, exist_ok=args.resume)  # a folder belongs to one run: a second cannot make it
@@ -344,29 +352,28 @@ def main(argv=None, stop=None):
             schedule = schedules(step, total_steps, warmup_steps, peak_lr=recipe.lr,
                                  start_momentum=recipe.momentum)
             torch.manual_seed(generator_for(recipe.seed, 3, step).initial_seed())  # what dropout draws from
-            loss_and_std = train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast)
-            sums += torch.stack(loss_and_std)  # on the device: to read a number is to wait for it
+            recent.append(train_step(model, optimizer, scaler, views, visible, schedule, machine.autocast))
             if bar.update(size):  # when it is drawn, once a second
-                bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *loss_and_std))
+                bar.set_postfix_str("step {:,}, loss {:.4f}, target_std {:.2f}".format(step, *recent[-1]))
             epoch, rest = divmod(step, per_epoch)
             keep = rest == 0 and args.keep_every and epoch % args.keep_every == 0
             end = stop.signal or step == last_step
             due = end or keep or time.perf_counter() - saved_at > SAVE
             if rest % ROW and not due:
                 continue
-            loss, deviation = (sums / (step - row_at)).tolist()  # here we wait for the device
+            numbers = torch.stack(sum(recent, ())).view(-1, 2)  # of the steps since the last row
+            loss, deviation = numbers.mean(0).tolist()  # only now: to read a number is to wait for the device
             if not math.isfinite(loss):
                 raise InputError(f"at step {step:,} the loss is {loss}: lower --lr, or --precision fp32")
             speed = (step - lap[0]) * size / (time.perf_counter() - lap[1])
             row = dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed)))
             history = [old for old in history if old["step"] <= row_at] + [row]  # a save may have left a part
             if rest % ROW == 0:
-                row_at = step
-                sums.zero_()
+                row_at, recent = step, []
             if due:
                 names = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
                 save(out, names, parts, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
-                     history=history, sums=sums, pictures=identity)
+                     history=history, recent=numbers[: len(recent)], pictures=identity)
                 saved_at = time.perf_counter()
             if end:
                 break
@@ -377,9 +384,7 @@ def main(argv=None, stop=None):
     print(f"saved: {out / 'ckpt.pt'}, step {step:,}/{total_steps:,}. Next: python eval.py {out / 'ckpt.pt'}")
     return 0
 
-# ---- Part 2: plumbing, skip it on a first reading ----------------------------------------------------------
-
-# ---- Critters: a data set drawn by the computer ------------------------------------------------------------
+# ---- Part 2: plumbing, skip it on a first reading. Critters: a data set drawn by the computer --------------
 
 # A species is a plan of six parts, drawn at random from its name: add yours. Each of three colours dresses
 # two parts, which two belongs to the species, and all else comes from the picture's seed. So who recognises a
@@ -528,7 +533,6 @@ def to_rgb(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 # ---- One file of decoded pictures --------------------------------------------------------------------------
-
 # Decoding a JPEG costs more than a GPU's step on it, so it happens once. Each picture is squeezed to a
 # square; its crops get their true proportions back. Detail is lost, little of it up to sides of 8:1.
 
@@ -623,15 +627,15 @@ def save(out, names, parts, history, **state):
         tqdm.write(f"warning: {error}")
 
 def restore(saved, parts, identity):
-    """Put back what `save` saved.  → step; metrics.csv's rows; sums [2] of loss, target_std after the last"""
+    """Put back what `save` saved.  → step; metrics.csv's rows; loss, target_std [n, 2] of the steps after"""
     if saved is None:
-        return 0, [], torch.zeros(2)
+        return 0, [], torch.zeros(0, 2)
     if (had := saved["pictures"]) != identity:
         raise InputError(f"the run had {had}, not {identity}: put them back, or name another --out")
     for name, part in parts.items():
         if name != "scaler" or saved[name]:  # bf16 and fp32 leave none: fp16 then begins its own
             part.load_state_dict(saved[name])
-    return saved["step"], saved["history"], saved["sums"]
+    return saved["step"], saved["history"], saved["recent"]
 
 # ---- Command line and machine ------------------------------------------------------------------------------
 
@@ -669,8 +673,6 @@ def read_arguments(argv):
     parser.add_argument("--keep-every", type=int, default=0, help="also keep every Nth epoch")
     return parser.read(argv)
 
-PLACES = "data_dir", "cache_dir", "skip_bad_images"  # of a recipe: these may change when a run goes on
-
 def default_recipe(given):
     """The recipe with these settings. Whoever names a folder, and no data set, means the folder."""
     dataset = given.get("dataset", "folder" if "data_dir" in given else "critters")
@@ -692,8 +694,6 @@ def open_run(args, given):
         if value != getattr(recipe, name) and (name not in PLACES or recipe.dataset == "critters"):
             raise InputError(f"{out} has {name} {getattr(recipe, name)}, not {value}: name another --out")
     return replace(recipe, **given), out, saved
-
-Machine = namedtuple("Machine", "device dtype compile autocast")
 
 def choose_machine(args):
     """Choose, and print, what to compute on, the best or as asked. InputError if it cannot be had."""
