@@ -153,15 +153,15 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
 def crop(pixels, drawn, out, copies):
-    """Crops of `pixels`, uint8 [n, 3, S, S], each resized to a square of side `out`.
-    drawn [B, 6]: row, left, top, width, height, mirrored or not → [copies · B, 3, out, out], 0 to 1"""
+    """Crops of `pixels`, uint8 [n, 3, S, S], resized to [copies · B, 3, out, out], from 0 to 1.
+    drawn [B, 6]: the row of a picture; left, top, width and height of its crop; 1 if it is mirrored"""
     resize = crop_and_resize if drawn.device.type == "cpu" else crop_by_products
     images = resize(pixels[drawn[:, 0].long()], drawn[:, 1:5], out)
     images = torch.where(drawn[:, 5, None, None, None] == 1, images.flip(3), images)
     return images.repeat(copies, 1, 1, 1)
 
 def crop_and_resize(pixels, crops, out):
-    """Antialiased bicubic interpolation, picture by picture: fastest on a CPU. It rounds to whole levels."""
+    """pixels [B, 3, S, S], crops [B, 4] → [B, 3, out, out]: antialiased bicubic, fastest on a CPU; rounds."""
     parts = (p[None, :, y : y + h, x : x + w] for p, (x, y, w, h) in zip(pixels, crops.long().tolist()))
     parts = (F.interpolate(part, size=(out, out), mode="bicubic", antialias=True) for part in parts)
     return torch.cat([*parts]) / 255
@@ -207,9 +207,9 @@ def hue(images, shift):
 def blur(images, sigma):
     """9×9 Gaussian blur, a sigma for each image. Borders are reflected. Along an axis it is a matrix."""
     images = F.pad(images, (4, 4, 4, 4), mode="reflect")  # [B, 3, H + 8, H + 8]
-    pixel = torch.arange(images.shape[-1], device=images.device)
+    pixel = torch.arange(0.0, images.shape[-1], device=images.device)
     distance = pixel - pixel[4:-4, None]  # [H, H + 8]
-    weights = -0.5 * (distance / sigma.expand(-1, 3, 1, 1)) ** 2
+    weights = -0.5 * (distance / sigma.expand(-1, 3, 1, 1)) ** 2  # per channel, as the products want it
     weights = torch.where(distance.abs() > 4, -math.inf, weights).softmax(dim=3)  # [B, 3, H, H + 8]
     return weights @ images @ weights.mT
 
@@ -269,12 +269,12 @@ class Loader:
         self.pictures, self.rows, self.recipe, self.device = pictures, rows, recipe, machine.device
         self.views, self.steps_per_epoch = views, len(rows) // recipe.batch_size
         recipe.require("batch_size", self.steps_per_epoch > 0, f"at most {len(rows)}, the pictures there are")
-        self.mean, self.std = torch.tensor([MEAN, STD], device=machine.device).view(2, 3, 1, 1)
+        mean, std = self.mean, self.std = torch.tensor([MEAN, STD], device=self.device).view(2, 3, 1, 1)
         # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
         self.crop_on_device = compiled(crop) if self.device.type != "cpu" else crop
         self.operations = [compiled(operation[1]) for operation in OPERATIONS]
-        self.normalise = compiled(lambda images: (images - self.mean) / self.std)
+        self.normalise = compiled(lambda images: (images - mean) / std)
 
     def batch(self, step):
         """(views [V, B, 3, H, H]; visible bool [B, N], for the first view, or None; which pictures, [B]). All
@@ -299,7 +299,7 @@ class Loader:
         pixels = self.pictures.pixels
         if pixels.device != drawn.device:  # which has no room for all: only the batch goes there
             pixels = self.to_device(pixels.index_select(0, rows))
-            drawn[:, 0] = torch.arange(len(rows), device=drawn.device)
+            drawn = torch.cat([torch.arange(len(rows), device=drawn.device)[:, None], drawn[:, 1:]], dim=1)
         return self.crop_on_device(pixels, drawn, self.recipe.image_size, copies)
 
     def to_device(self, tensor):
@@ -373,7 +373,7 @@ def main(argv=None, stop=None):
             if due:
                 names = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
                 save(out, names, parts, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
-                     history=history, recent=numbers[: len(recent)], pictures=identity)
+                     history=history, recent=numbers[: len(recent)], pictures=identity)  # none at a row's end
                 saved_at = time.perf_counter()
             if end:
                 break
