@@ -107,7 +107,7 @@ def train_step(model, optimizer, scaler, views, visible, schedule, autocast):
 def schedules(step, total_steps, warmup_steps, *, start_lr=1e-6, peak_lr=5e-4, end_lr=1e-5, flat=0.72,
               start_decay=0.04, end_decay=0.4, start_momentum=0.996, end_momentum=1.0):
     """(learning rate, weight decay, EMA momentum) of step 1 … total_steps. The first climbs in a line, keeps
-    its peak for the share `flat` of the steps after warm-up, and falls along half a cosine; two are lines."""
+    its peak for a share `flat` of the steps after warm-up, falls by half a cosine. The others are lines."""
     done = step / total_steps
     weight_decay = start_decay + done * (end_decay - start_decay)
     momentum = start_momentum + done * (end_momentum - start_momentum)
@@ -152,36 +152,34 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
-def crop(pixels, drawn, out, copies):
-    """Crops of `pixels`, uint8 [n, 3, S, S], resized to [copies · B, 3, out, out], from 0 to 1.
-    drawn [B, 6]: the row of a picture; left, top, width and height of its crop; 1 if it is mirrored"""
+def make_crops(pixels, drawn, out, copies):
+    """Crops of `pixels`, uint8 [n, 3, S, S], resized and from 0 to 1: [B, 3, out, out], `copies` times over.
+    drawn float [B, 6]: which of `pixels`; its crop's left, top, width and height; 1 to mirror it, 0 not to"""
     resize = crop_and_resize if drawn.device.type == "cpu" else crop_by_products
     images = resize(pixels[drawn[:, 0].long()], drawn[:, 1:5], out)
     images = torch.where(drawn[:, 5, None, None, None] == 1, images.flip(3), images)
     return images.repeat(copies, 1, 1, 1)
 
 def crop_and_resize(pixels, crops, out):
-    """pixels [B, 3, S, S], crops [B, 4] → [B, 3, out, out]: antialiased bicubic, fastest on a CPU; rounds."""
+    """Antialiased bicubic interpolation, picture by picture: fastest on a CPU. It rounds to whole levels.
+    pixels uint8 [B, 3, S, S], crops [B, 4]: left, top, width, height → [B, 3, out, out]"""
     parts = (p[None, :, y : y + h, x : x + w] for p, (x, y, w, h) in zip(pixels, crops.long().tolist()))
     parts = (F.interpolate(part, size=(out, out), mode="bicubic", antialias=True) for part in parts)
     return torch.cat([*parts]) / 255
 
 def crop_by_products(pixels, crops, out):
-    """The same without rounding, as two matrix products per picture, for columns and rows: for a GPU."""
-    side = pixels.shape[-1]
+    """The same without rounding: for each picture a matrix product along x and one along y. For a GPU."""
     start, length = crops.T.reshape(2, 2, -1, 1, 1)  # [2, B, 1, 1] each: of x, then of y
-    pixel, sample = (torch.arange(0.5, count, device=crops.device) for count in (side, out))
+    pixel, sample = (torch.arange(0.5, n, device=crops.device) for n in (pixels.shape[-1], out))  # places
     scale = length / out  # pixels per sample
-    d = (pixel - start - sample[:, None] * scale).abs() / scale.clamp(min=1)  # [2, B, out, S]
-    d = d.clamp(max=2)  # from pixel to sample, in pixels or, if wider, samples; further away nothing counts
+    d = (pixel - start - sample[:, None] * scale).abs() / scale.clamp(min=1)  # [2, B, out, S]: distances,
+    d = d.clamp(max=2)  # in pixels, or in samples where these are wider; from 2 on the kernel is 0
     near, far = (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # the cubic kernel, a = −½
     inside = (pixel > start) & (pixel < start + length)  # [2, B, 1, S]
     weights = torch.where(d < 1, near, far) * inside
     across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
-    images = (pixels / 255).flatten(1, 2) @ across.mT  # [B, 3·S, out]
-    images = images.clamp(0, 1).unflatten(1, (3, side))  # as Pillow does between its two passes
-    images = down @ images.transpose(1, 2).flatten(2)  # [B, out, 3·out]
-    return images.unflatten(2, (3, out)).transpose(1, 2).clamp(0, 1)  # [B, 3, out, out]
+    images = torch.einsum("bcyx,bjx->bcyj", pixels / 255, across).clamp(0, 1)  # as Pillow, between its passes
+    return torch.einsum("biy,bcyj->bcij", down, images).clamp(0, 1)  # [B, 3, out, out]
 
 # ---- Views: colours. Images [B, 3, H, H] from 0 to 1, a factor [B, 1, 1, 1] for each -----------------------
 
@@ -205,11 +203,11 @@ def hue(images, shift):
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 
 def blur(images, sigma):
-    """9×9 Gaussian blur, a sigma for each image. Borders are reflected. Along an axis it is a matrix."""
+    """9×9 Gaussian blur, a sigma for each image. Borders are reflected. A matrix product along each axis."""
     images = F.pad(images, (4, 4, 4, 4), mode="reflect")  # [B, 3, H + 8, H + 8]
     pixel = torch.arange(0.0, images.shape[-1], device=images.device)
     distance = pixel - pixel[4:-4, None]  # [H, H + 8]
-    weights = -0.5 * (distance / sigma.expand(-1, 3, 1, 1)) ** 2  # per channel, as the products want it
+    weights = -0.5 * (distance / sigma.expand(-1, 3, 1, 1)) ** 2  # 3 channels: @ would copy to broadcast
     weights = torch.where(distance.abs() > 4, -math.inf, weights).softmax(dim=3)  # [B, 3, H, H + 8]
     return weights @ images @ weights.mT
 
@@ -240,12 +238,12 @@ def draw_colours(count, generator):
     return order, torch.where(chosen, factors, NEUTRAL)
 
 def apply_colours(images, order, factors, functions, at_once):
-    """Apply the operations, as `functions`, to each image by its own factors, in the order drawn. at_once: to
-    all images, as a GPU is fastest, else only to those that change, as a CPU is. It may change `images`."""
-    for numbers in order:
-        changed = slice(None) if at_once else (factors[:, numbers] != NEUTRAL[numbers]).any(1)
+    """Apply functions[i], the one of OPERATIONS[i], by each image's own factors, in the order drawn. at_once:
+    to all images (fastest on a GPU), else only to those it changes (on a CPU). It may overwrite `images`."""
+    for group in order:
+        changed = slice(None) if at_once else (factors[:, group] != NEUTRAL[group]).any(1)
         part = images[changed]
-        for number in numbers:
+        for number in group:
             part = functions[number](part, factors[changed, number].view(-1, 1, 1, 1))
         images = part if at_once else images.index_put_((changed,), part)
     return images
@@ -272,13 +270,14 @@ class Loader:
         mean, std = self.mean, self.std = torch.tensor([MEAN, STD], device=self.device).view(2, 3, 1, 1)
         # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
-        self.crop_on_device = compiled(crop) if self.device.type != "cpu" else crop
+        self.make_crops = compiled(make_crops) if self.device.type != "cpu" else make_crops
         self.operations = [compiled(operation[1]) for operation in OPERATIONS]
+        # It must not hold `self`: in such a circle the pictures would stay in memory for a while.
         self.normalise = compiled(lambda images: (images - mean) / std)
 
     def batch(self, step):
         """(views [V, B, 3, H, H]; visible bool [B, N], for the first view, or None; which pictures, [B]). All
-        that is random is drawn on the CPU; a GPU gets it in two transfers, which nobody waits for."""
+        that is random is drawn on the CPU; a GPU gets it in two transfers, for which nobody waits."""
         recipe, B, generator = self.recipe, self.recipe.batch_size, generator_for(self.recipe.seed, 1, step)
         epoch, i = divmod(step - 1, self.steps_per_epoch)
         shuffle = torch.randperm(len(self.rows), generator=generator_for(recipe.seed, 0, epoch))
@@ -290,24 +289,24 @@ class Loader:
         visible = self.to_device(sample_masks(B, *kind)) if self.views > 1 else None
         drawn = torch.cat([rows[:, None], crops, mirrored], dim=1).repeat(self.views, 1)
         drawn = self.to_device(torch.cat([drawn, factors], dim=1))  # one transfer: [V·B, 6 + operations]
-        images = self.crop(rows, drawn[:B, :6], self.views)
+        images = self.crop(rows, drawn[:B, :6], self.views)  # cropped once: below B the same rows repeat
         images = apply_colours(images, order, drawn[:, 6:], self.operations, self.device.type != "cpu")
         return self.normalise(images).unflatten(0, (self.views, B)), visible, rows
 
     def crop(self, rows, drawn, copies=1):
-        """`crop` of these rows. drawn [B, 6] is on the device. → [copies · B, 3, H, H]"""
+        """`make_crops` of these rows: [copies · B, 3, H, H]. drawn [B, 6] is on the device."""
         pixels = self.pictures.pixels
-        if pixels.device != drawn.device:  # which has no room for all: only the batch goes there
+        if pixels.device != drawn.device:  # all stayed in the CPU's memory: only the batch goes over
             pixels = self.to_device(pixels.index_select(0, rows))
             drawn = torch.cat([torch.arange(len(rows), device=drawn.device)[:, None], drawn[:, 1:]], dim=1)
-        return self.crop_on_device(pixels, drawn, self.recipe.image_size, copies)
+        return self.make_crops(pixels, drawn, self.recipe.image_size, copies)
 
     def to_device(self, tensor):
         pin = self.device.type == "cuda"  # only from pinned memory a GPU copies while we go on
         return (tensor.pin_memory() if pin else tensor).to(self.device, non_blocking=pin)
 
 # ---- The program -------------------------------------------------------------------------------------------
-ROW, SAVE = 50, 60  # a row of metrics.csv after 50 steps in an epoch, and at its end; a save after 60 seconds
+ROW, SAVE = 50, 60  # a row of metrics.csv every 50 steps of an epoch and at its end; a save after 60 seconds
 COLUMNS = "epoch step loss learning_rate weight_decay momentum target_std images_per_s".split()
 
 def main(argv=None, stop=None):
@@ -343,7 +342,7 @@ def main(argv=None, stop=None):
           "target_std dips while the learning rate climbs, then stays at 0.6 to 0.9. Below 0.1: a collapse.")
 
     stop.heeded = True  # from here on a signal waits until its step is whole
-    first, saved_at, row_at = step + 1, time.perf_counter(), step - (step % per_epoch) % ROW
+    first, saved_at, row_step = step + 1, time.perf_counter(), step - (step % per_epoch) % ROW
     lap = step, math.nan  # step and time that speed counts from: not from the first row, which compiles
     with tqdm(None, "training", last_step * size, initial=step * size, unit=" images", unit_scale=True,
               mininterval=1, maxinterval=1) as bar:
@@ -361,19 +360,20 @@ def main(argv=None, stop=None):
             due = end or keep or time.perf_counter() - saved_at > SAVE
             if rest % ROW and not due:
                 continue
-            numbers = torch.stack(sum(recent, ())).view(-1, 2)  # of the steps since the last row
-            loss, deviation = numbers.mean(0).tolist()  # only now: to read a number is to wait for the device
+            # Only now: to read a number is to wait for the device.
+            loss, deviation = (torch.stack(values).mean().item() for values in zip(*recent))
             if not math.isfinite(loss):
                 raise InputError(f"at step {step:,} the loss is {loss}: lower --lr, or --precision fp32")
             speed = (step - lap[0]) * size / (time.perf_counter() - lap[1])
             row = dict(zip(COLUMNS, (step / per_epoch, step, loss, *schedule, deviation, speed)))
-            history = [old for old in history if old["step"] <= row_at] + [row]  # a save may have left a part
+            # A save within a row's steps has left a row of some of them: this one takes its place.
+            history = [old for old in history if old["step"] <= row_step] + [row]
             if rest % ROW == 0:
-                row_at, recent = step, []
+                row_step, recent = step, []
             if due:
                 names = ["ckpt.pt", f"ckpt-{epoch:04}.pt"] if keep else ["ckpt.pt"]
                 save(out, names, parts, recipe=asdict(recipe), step=step, epoch=step / per_epoch,
-                     history=history, recent=numbers[: len(recent)], pictures=identity)  # none at a row's end
+                     history=history, recent=torch.tensor(recent), pictures=identity)
                 saved_at = time.perf_counter()
             if end:
                 break
