@@ -593,8 +593,7 @@ def test_a_step_of_training_is_the_papers():
     """Three steps of train.py, and the same written out: target, loss, AdamW, schedules, moving average."""
     saved = trained("--max-steps 3")
     recipe = train.Recipe(**saved["recipe"])
-    pictures = train.load_pictures(recipe)
-    load = train.Loader(pictures, torch.arange(40), recipe, CPU)
+    load = train.Loader(train.load_pictures(recipe), torch.arange(40), recipe, CPU)
     torch.manual_seed(47)
     model = MIMJEPA(recipe)
     learning = [*model.context_encoder.parameters(), *model.predictor.parameters()]
@@ -602,7 +601,8 @@ def test_a_step_of_training_is_the_papers():
     for t in (1, 2, 3):
         (view1, view2), visible, _ = load.batch(t)
         target = layer_norm(model.target_encoder(view2))
-        jepa_loss(model.predictor(model.context_encoder(view1, visible)), target, visible).backward()
+        (loss := jepa_loss(model.predictor(model.context_encoder(view1, visible)), target, visible)).backward()
+        assert saved["recent"][t - 1].tolist() == pytest.approx([loss.item(), target.std(0).mean().item()])
         lr, decay, momentum = train.schedules(t, 15, 2, peak_lr=3e-4, start_momentum=0.99)
         for p, m, v in zip(learning, first, second):
             m.mul_(0.9).add_(0.1 * p.grad)
