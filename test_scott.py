@@ -599,9 +599,9 @@ def test_a_step_of_training_is_the_papers():
     learning = [*model.context_encoder.parameters(), *model.predictor.parameters()]
     first, second = ([torch.zeros_like(p) for p in learning] for _ in range(2))
     for t in (1, 2, 3):
-        (view1, view2), visible, _ = load.batch(t)
+        (view1, view2), seen, _ = load.batch(t)
         target = layer_norm(model.target_encoder(view2))
-        (loss := jepa_loss(model.predictor(model.context_encoder(view1, visible)), target, visible)).backward()
+        (loss := jepa_loss(model.predictor(model.context_encoder(view1, seen)), target, seen)).backward()
         assert saved["recent"][t - 1].tolist() == pytest.approx([loss.item(), target.std(0).mean().item()])
         lr, decay, momentum = train.schedules(t, 15, 2, peak_lr=3e-4, start_momentum=0.99)
         for p, m, v in zip(learning, first, second):
