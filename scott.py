@@ -405,6 +405,7 @@ def jepa_loss(prediction, target, visible):
     if shapes[0] != shapes[1] or shapes[2] != shapes[0][:2] or visible.dtype != torch.bool:
         raise InputError(f"shapes are {shapes} ({visible.dtype}), must be [B, N, D] twice and bool [B, N]")
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none").mean(dim=2)  # [B, N]
+    # As float the count is kept for the backward pass; compiled, an integer one would be computed again.
     return (torch.where(visible, 0, error).sum(dim=1) / (~visible).float().sum(dim=1)).mean()
 
 @torch.no_grad()
