@@ -122,8 +122,7 @@ def block_mask(grid, count, rng):
     Before rounding, a rectangle has 16 cells or more (at last what is missing), and sides of at most 1 : 3.3.
     """
     visible, missing = np.zeros((grid, grid), dtype=bool), count
-    # A side is at most grid − 1. On the smallest grids, with much to fill, a rectangle of 16 cells does not
-    # fit: without this bound the loop would not end.
+    # On the smallest grids 16 cells may not fit, as a side is at most grid − 1: the loop would not end.
     smallest = min(16, (grid - 1) ** 2)
     while missing > 0:
         area = rng.uniform(min(smallest, missing), max(16, missing))
@@ -171,20 +170,22 @@ class MaskedConv2d(nn.Conv2d):
         return hide(super().forward(x), visible)
 
 class MaskedMaxBlurPool(nn.Module):
-    """Halve a feature map: the maximum of each 2×2 window, then a blur, then drop every second pixel.
+    """Halve a feature map: the maximum of each 2×2 window, then every second pixel of a blur of that.
 
     The blur makes the result change less when the image moves by one pixel (Zhang 2019, "Making
-    Convolutional Networks Shift-Invariant Again"). It is the filter [1 2 1]ᵀ[1 2 1]/16, written as two means
-    over 2×2 windows. Both steps look past the mask's edge, so hidden places are set to zero again.
+    Convolutional Networks Shift-Invariant Again"). Both steps look past the mask's edge, so `hide` again.
 
     x [B, C, S, S], visible [B, 1, g, g] or None  →  [B, C, S/2, S/2]
     """
 
+    def __init__(self, channels):
+        super().__init__()
+        blur = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16  # it never learns
+        self.register_buffer("blur", blur.repeat(channels, 1, 1, 1), persistent=False)  # one for each channel
+
     def forward(self, x, visible=None):
         x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
-        x = F.pad(x, (1, 1, 1, 1))  # apart, since CUDA's pool with padding=1 had wrong gradients until 2026
-        x = F.avg_pool2d(x, kernel_size=2, stride=1)  # [B, C, S, S], zeros beyond the border
-        x = F.avg_pool2d(x, kernel_size=2)  # [B, C, S/2, S/2]
+        x = F.conv2d(x, self.blur, stride=2, padding=1, groups=len(self.blur))  # [B, C, S/2, S/2]
         return hide(x, visible)
 
 class Tokenizer(nn.Module):
@@ -208,8 +209,8 @@ class Tokenizer(nn.Module):
             self.conv = nn.Conv2d(3, config.dim, kernel_size=PATCH, stride=PATCH)
             nn.init.kaiming_normal_(self.conv.weight)
         else:
-            self.conv1, self.pool1 = MaskedConv2d(3, 64), MaskedMaxBlurPool()
-            self.conv2, self.pool2 = MaskedConv2d(64, config.dim), MaskedMaxBlurPool()
+            self.conv1, self.pool1 = MaskedConv2d(3, 64), MaskedMaxBlurPool(64)
+            self.conv2, self.pool2 = MaskedConv2d(64, config.dim), MaskedMaxBlurPool(config.dim)
 
     def forward(self, images, visible=None):
         B, H = len(images), images.shape[-1]
@@ -353,8 +354,7 @@ class Encoder(nn.Module):
     def forward(self, images, visible=None):
         x = self.tokenizer(images, visible)  # [B, N, D]
         if visible is not None:
-            # In place of the last pool's zeros. That pool masks anyway: one rule for every layer.
-            x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))
+            x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))  # where the pool left zeros
         positions = self.positions  # [N, D]
         if positions.shape != x.shape[1:]:  # the images have another size
             positions = position_embedding(images.shape[-1] // PATCH, x.shape[2]).to(positions)

@@ -152,25 +152,22 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
-def make_crops(pixels, drawn, out, copies):
+def crop_and_resize(pixels, drawn, out, copies=1):
     """Crops of `pixels`, uint8 [n, 3, S, S], resized and from 0 to 1: [B, 3, out, out], `copies` times over.
-    drawn float [B, 6]: which of `pixels`; its crop's left, top, width and height; 1 to mirror it, 0 not to"""
-    resize = crop_and_resize if drawn.device.type == "cpu" else crop_by_products
-    images = resize(pixels[drawn[:, 0].long()], drawn[:, 1:5], out)
-    images = torch.where(drawn[:, 5, None, None, None] == 1, images.flip(3), images)
-    return images.repeat(copies, 1, 1, 1)
+    drawn float [B, 6]: which of `pixels`; its crop's left, top, width and height; 1 to mirror it, 0 not to.
+    Antialiased bicubic interpolation, picture by picture: fastest on a CPU. It rounds to whole levels."""
+    images = []
+    for row, x, y, w, h, mirrored in drawn.long().tolist():
+        image = pixels[row, None, :, y : y + h, x : x + w]  # [1, 3, h, w]
+        image = F.interpolate(image, size=(out, out), mode="bicubic", antialias=True)
+        images.append(image.flip(3) if mirrored else image)
+    return torch.cat(images).repeat(copies, 1, 1, 1) / 255
 
-def crop_and_resize(pixels, crops, out):
-    """Antialiased bicubic interpolation, picture by picture: fastest on a CPU. It rounds to whole levels.
-    pixels uint8 [B, 3, S, S], crops [B, 4]: left, top, width, height → [B, 3, out, out]"""
-    parts = (p[None, :, y : y + h, x : x + w] for p, (x, y, w, h) in zip(pixels, crops.long().tolist()))
-    parts = (F.interpolate(part, size=(out, out), mode="bicubic", antialias=True) for part in parts)
-    return torch.cat([*parts]) / 255
-
-def crop_by_products(pixels, crops, out):
+def crop_by_products(pixels, drawn, out, copies=1):
     """The same without rounding: for each picture a matrix product along x and one along y. For a GPU."""
-    start, length = crops.T.reshape(2, 2, -1, 1, 1)  # [2, B, 1, 1] each: of x, then of y
-    pixel, sample = (torch.arange(0.5, n, device=crops.device) for n in (pixels.shape[-1], out))  # places
+    pixels, mirrored = pixels[drawn[:, 0].long()] / 255, drawn[:, 5, None, None, None] == 1
+    start, length = drawn[:, 1:5].T.reshape(2, 2, -1, 1, 1)  # [2, B, 1, 1] each: of x, then of y
+    pixel, sample = (torch.arange(0.5, n, device=drawn.device) for n in (pixels.shape[-1], out))  # places
     scale = length / out  # pixels per sample
     d = (pixel - start - sample[:, None] * scale).abs() / scale.clamp(min=1)  # [2, B, out, S]: distances,
     d = d.clamp(max=2)  # in pixels, or in samples where these are wider; from 2 on the kernel is 0
@@ -178,8 +175,9 @@ def crop_by_products(pixels, crops, out):
     inside = (pixel > start) & (pixel < start + length)  # [2, B, 1, S]
     weights = torch.where(d < 1, near, far) * inside
     across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
-    images = torch.einsum("bcyx,bjx->bcyj", pixels / 255, across).clamp(0, 1)  # as Pillow, between its passes
-    return torch.einsum("biy,bcyj->bcij", down, images).clamp(0, 1)  # [B, 3, out, out]
+    images = torch.einsum("bcyx,bjx->bcyj", pixels, across).clamp(0, 1)  # as Pillow, between its passes
+    images = torch.einsum("biy,bcyj->bcij", down, images).clamp(0, 1)  # [B, 3, out, out]
+    return torch.where(mirrored, images.flip(3), images).repeat(copies, 1, 1, 1)
 
 # ---- Views: colours. Images [B, 3, H, H] from 0 to 1, a factor [B, 1, 1, 1] for each -----------------------
 
@@ -270,7 +268,7 @@ class Loader:
         mean, std = self.mean, self.std = torch.tensor([MEAN, STD], device=self.device).view(2, 3, 1, 1)
         # One by one these functions are dozens of small steps each; compiled they are a few kernels.
         compiled = partial(torch.compile, fullgraph=True) if machine.compile else lambda function: function
-        self.make_crops = compiled(make_crops) if self.device.type != "cpu" else make_crops
+        self.make_crops = crop_and_resize if self.device.type == "cpu" else compiled(crop_by_products)
         self.operations = [compiled(operation[1]) for operation in OPERATIONS]
         # It must not hold `self`: in such a circle the pictures would stay in memory for a while.
         self.normalise = compiled(lambda images: (images - mean) / std)
@@ -294,7 +292,7 @@ class Loader:
         return self.normalise(images).unflatten(0, (self.views, B)), visible, rows
 
     def crop(self, rows, drawn, copies=1):
-        """`make_crops` of these rows: [copies · B, 3, H, H]. drawn [B, 6] is on the device."""
+        """Crops of these rows: [copies · B, 3, H, H]. drawn [B, 6] is on the device."""
         pixels = self.pictures.pixels
         if pixels.device != drawn.device:  # all stayed in the CPU's memory: only the batch goes over
             pixels = self.to_device(pixels.index_select(0, rows))
