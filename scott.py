@@ -122,7 +122,7 @@ def block_mask(grid, count, rng):
     Before rounding, a rectangle has 16 cells or more (at last what is missing), and sides of at most 1 : 3.3.
     """
     visible, missing = np.zeros((grid, grid), dtype=bool), count
-    # On the smallest grids 16 cells may not fit, as a side is at most grid − 1: the loop would not end.
+    # A side is at most grid − 1: on the smallest grids 16 cells may not fit, and the loop would not end.
     smallest = min(16, (grid - 1) ** 2)
     while missing > 0:
         area = rng.uniform(min(smallest, missing), max(16, missing))
@@ -170,7 +170,7 @@ class MaskedConv2d(nn.Conv2d):
         return hide(super().forward(x), visible)
 
 class MaskedMaxBlurPool(nn.Module):
-    """Halve a feature map: the maximum of each 2×2 window, then every second pixel of a blur of that.
+    """Halve a feature map: the maximum of each 2×2 window, then a blur, of which every second pixel is kept.
 
     The blur makes the result change less when the image moves by one pixel (Zhang 2019, "Making
     Convolutional Networks Shift-Invariant Again"). Both steps look past the mask's edge, so `hide` again.
@@ -180,8 +180,8 @@ class MaskedMaxBlurPool(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        blur = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16  # it never learns
-        self.register_buffer("blur", blur.repeat(channels, 1, 1, 1), persistent=False)  # one for each channel
+        blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16  # fixed: neither learned nor saved
+        self.register_buffer("blur", blur.repeat(channels, 1, 1, 1), persistent=False)  # [C, 1, 3, 3]
 
     def forward(self, x, visible=None):
         x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
@@ -354,7 +354,7 @@ class Encoder(nn.Module):
     def forward(self, images, visible=None):
         x = self.tokenizer(images, visible)  # [B, N, D]
         if visible is not None:
-            x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))  # where the pool left zeros
+            x = torch.where(visible[:, :, None], x, self.mask_token.to(x.dtype))  # whatever stands there
         positions = self.positions  # [N, D]
         if positions.shape != x.shape[1:]:  # the images have another size
             positions = position_embedding(images.shape[-1] // PATCH, x.shape[2]).to(positions)

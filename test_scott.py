@@ -114,7 +114,7 @@ def test_the_tokenizer_is_the_papers_layer_by_layer_and_that_of_a_plain_vit_cuts
     for visible in (sample_masks(2, side // 16), everything):
         expected = plain_tokenizer(tokenizer, images, visible)
         assert torch.allclose(tokenizer(images, visible), expected, atol=1e-12)
-    assert torch.equal(tokenizer(images, everything), tokenizer(images))
+    assert torch.equal(tokenizer(images, everything), tokenizer(images)) and len(tokenizer.state_dict()) == 2
     vit = Tokenizer(replace(SMALL, tokenizer="patch")).double()
     token = F.linear(images[:, :, :16, 16:32].flatten(1), vit.conv.weight.flatten(1), vit.conv.bias)
     assert torch.allclose(vit(images)[:, 1], token, atol=1e-12)  # the second of the first row
@@ -460,10 +460,10 @@ def loader(pixels, sizes=None, batch_size=2, side=32, seed=0, machine=CPU, **set
 def test_crops_equal_torchvisions_and_pillows(out):
     """A CPU's are torchvision's to the bit, a GPU's within rounding; Pillow rounds twice."""
     boxes = [(0, 0, 96, 96), (10, 20, 50, 60), (40, 3, 43, 93), (5, 50, 91, 33), (30, 30, 45, 47)]
-    pixels, drawn = smooth_pictures(5, 96, 96), torch.tensor([(i, *boxes[i], i % 2.0) for i in range(5)])
-    ours = [crop(pixels, drawn, out) * 255 for crop in (train.crop_and_resize, train.crop_by_products)]
+    pixels, drawn = smooth_pictures(5, 96, 96), torch.tensor([(4 - i, *boxes[i], i % 2.0) for i in range(5)])
+    ours = [crop(pixels, drawn, out, 2) * 255 for crop in (train.crop_and_resize, train.crop_by_products)]
     for i, ((left, top, width, height), cpu, gpu) in enumerate(zip(boxes, *ours)):
-        crop = TF.crop(pixels[i], top, left, height, width)
+        crop = TF.crop(pixels[4 - i], top, left, height, width)
         resize = partial(TF.resize, size=[out, out], interpolation=T.InterpolationMode.BICUBIC)
         theirs, pillows = resize(crop), TF.pil_to_tensor(resize(TF.to_pil_image(crop)))
         cpu, gpu = (image.flip(2) if i % 2 else image for image in (cpu, gpu))  # every second is mirrored

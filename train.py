@@ -132,7 +132,7 @@ def set_schedule(optimizer, lr, weight_decay):
     optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
     optimizer.param_groups[1].update(lr=lr)
 
-# ---- Views: crops. Drawn for each picture, computed for all at once ----------------------------------------
+# ---- Views: crops. Drawn on the CPU, for each picture its own ----------------------------------------------
 
 def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
     """Random resized crops, as torchvision's: uniform in their share of the area, log-uniform in aspect. They
@@ -164,8 +164,9 @@ def crop_and_resize(pixels, drawn, out, copies=1):
     return torch.cat(images).repeat(copies, 1, 1, 1) / 255
 
 def crop_by_products(pixels, drawn, out, copies=1):
-    """The same without rounding: for each picture a matrix product along x and one along y. For a GPU."""
-    pixels, mirrored = pixels[drawn[:, 0].long()] / 255, drawn[:, 5, None, None, None] == 1
+    """As `crop_and_resize`, but without rounding: for each picture a matrix product along x and one along y,
+    for all pictures at once. For a GPU."""
+    images, mirrored = pixels[drawn[:, 0].long()] / 255, drawn[:, 5, None, None, None] == 1  # [B, 3, S, S]
     start, length = drawn[:, 1:5].T.reshape(2, 2, -1, 1, 1)  # [2, B, 1, 1] each: of x, then of y
     pixel, sample = (torch.arange(0.5, n, device=drawn.device) for n in (pixels.shape[-1], out))  # places
     scale = length / out  # pixels per sample
@@ -175,7 +176,7 @@ def crop_by_products(pixels, drawn, out, copies=1):
     inside = (pixel > start) & (pixel < start + length)  # [2, B, 1, S]
     weights = torch.where(d < 1, near, far) * inside
     across, down = weights / weights.sum(3, keepdim=True)  # [B, out, S] each
-    images = torch.einsum("bcyx,bjx->bcyj", pixels, across).clamp(0, 1)  # as Pillow, between its passes
+    images = torch.einsum("bcyx,bjx->bcyj", images, across).clamp(0, 1)  # as Pillow, between its passes
     images = torch.einsum("biy,bcyj->bcij", down, images).clamp(0, 1)  # [B, 3, out, out]
     return torch.where(mirrored, images.flip(3), images).repeat(copies, 1, 1, 1)
 
@@ -292,7 +293,7 @@ class Loader:
         return self.normalise(images).unflatten(0, (self.views, B)), visible, rows
 
     def crop(self, rows, drawn, copies=1):
-        """Crops of these rows: [copies · B, 3, H, H]. drawn [B, 6] is on the device."""
+        """[copies · B, 3, H, H]: crops of these rows. drawn: see `crop_and_resize`, [B, 6] on the device."""
         pixels = self.pictures.pixels
         if pixels.device != drawn.device:  # all stayed in the CPU's memory: only the batch goes over
             pixels = self.to_device(pixels.index_select(0, rows))
