@@ -178,15 +178,15 @@ class MaskedMaxBlurPool(nn.Module):
     x [B, C, S, S], visible [B, 1, g, g] or None  →  [B, C, S/2, S/2]
     """
 
-    def __init__(self, channels):
+    def __init__(self, most_channels):
         super().__init__()
         blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16  # fixed: neither learned nor saved
-        self.register_buffer("blur", blur.repeat(channels, 1, 1, 1), persistent=False)  # [C, 1, 3, 3]
+        self.register_buffer("blur", blur.repeat(most_channels, 1, 1, 1), persistent=False)  # [C, 1, 3, 3]
 
     def forward(self, x, visible=None):
         x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]
-        x = F.conv2d(x, self.blur, stride=2, padding=1, groups=len(self.blur))  # [B, C, S/2, S/2]
-        return hide(x, visible)
+        x = F.conv2d(x, self.blur.to(x.dtype)[: x.shape[1]], stride=2, padding=1, groups=x.shape[1])
+        return hide(x, visible)  # [B, C, S/2, S/2]
 
 class Tokenizer(nn.Module):
     """Turn an image into N tokens. Each has D features of one 16×16 px cell and of what lies around it.
@@ -209,8 +209,8 @@ class Tokenizer(nn.Module):
             self.conv = nn.Conv2d(3, config.dim, kernel_size=PATCH, stride=PATCH)
             nn.init.kaiming_normal_(self.conv.weight)
         else:
-            self.conv1, self.pool1 = MaskedConv2d(3, 64), MaskedMaxBlurPool(64)
-            self.conv2, self.pool2 = MaskedConv2d(64, config.dim), MaskedMaxBlurPool(config.dim)
+            self.conv1, self.conv2 = MaskedConv2d(3, 64), MaskedConv2d(64, config.dim)
+            self.pool1 = self.pool2 = MaskedMaxBlurPool(max(64, config.dim))  # nothing to learn: one for both
 
     def forward(self, images, visible=None):
         B, H = len(images), images.shape[-1]

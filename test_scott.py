@@ -85,7 +85,7 @@ def test_no_filling_every_convolution_and_every_pool_is_masked_again():
     tokenizers, maps = [Tokenizer(replace(SMALL, tokenizer=kind)) for kind in ("scott", "dense")], []
     tokenizers[0].load_state_dict(tokenizers[1].state_dict())
     for tokenizer in tokenizers:
-        for layer in (tokenizer.conv1, tokenizer.pool1, tokenizer.conv2, tokenizer.pool2):
+        for layer in {tokenizer.conv1, tokenizer.pool1, tokenizer.conv2, tokenizer.pool2}:  # one pool, twice
             layer.register_forward_hook(lambda layer, inputs, output: maps.append(output))
     images, visible = torch.randn(4, 3, 96, 96), sample_masks(4, 6)
     ours, dense = (tokenizer(images, visible) for tokenizer in tokenizers)
