@@ -181,7 +181,7 @@ class MaskedMaxBlurPool(nn.Module):
     def __init__(self, most_channels):
         super().__init__()
         blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16  # fixed: neither learned nor saved
-        self.register_buffer("blur", blur.repeat(most_channels, 1, 1, 1), persistent=False)  # [C, 1, 3, 3]
+        self.register_buffer("blur", blur.repeat(most_channels, 1, 1, 1), persistent=False)  # one a channel
 
     def forward(self, x, visible=None):
         x = F.max_pool2d(x, kernel_size=2, stride=1)  # [B, C, S-1, S-1]

@@ -152,7 +152,7 @@ def draw_crops(sizes, side, generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), t
     place = torch.where(any_fits, torch.rand(B, 2, generator=generator), 0.5)
     return torch.cat([(place * (side - crop + 1)).floor(), crop], dim=1).long()
 
-def crop_and_resize(pixels, drawn, out, copies=1):
+def crop_and_resize(pixels, drawn, out, copies):
     """Crops of `pixels`, uint8 [n, 3, S, S], resized and from 0 to 1: [B, 3, out, out], `copies` times over.
     drawn float [B, 6]: which of `pixels`; its crop's left, top, width and height; 1 to mirror it, 0 not to.
     Antialiased bicubic interpolation, picture by picture: fastest on a CPU. It rounds to whole levels."""
@@ -163,10 +163,11 @@ def crop_and_resize(pixels, drawn, out, copies=1):
         images.append(image.flip(3) if mirrored else image)
     return torch.cat(images).repeat(copies, 1, 1, 1) / 255
 
-def crop_by_products(pixels, drawn, out, copies=1):
+def crop_by_products(pixels, drawn, out, copies):
     """As `crop_and_resize`, but without rounding: for each picture a matrix product along x and one along y,
     for all pictures at once. For a GPU."""
-    images, mirrored = pixels[drawn[:, 0].long()] / 255, drawn[:, 5, None, None, None] == 1  # [B, 3, S, S]
+    images = pixels[drawn[:, 0].long()] / 255  # [B, 3, S, S]
+    mirrored = drawn[:, 5, None, None, None] == 1  # [B, 1, 1, 1]
     start, length = drawn[:, 1:5].T.reshape(2, 2, -1, 1, 1)  # [2, B, 1, 1] each: of x, then of y
     pixel, sample = (torch.arange(0.5, n, device=drawn.device) for n in (pixels.shape[-1], out))  # places
     scale = length / out  # pixels per sample
